@@ -22,6 +22,8 @@ What a command does inside a sandbox is never an error here: a non-zero exit and
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 __all__ = [
     "AtCapacity",
     "ConfigError",
@@ -35,7 +37,10 @@ __all__ = [
     "SandboxError",
     "SandboxGone",
     "SandboxUnavailable",
+    "first_error",
 ]
+
+E = TypeVar("E", bound=BaseException)
 
 
 class MabridgeError(Exception):
@@ -133,3 +138,11 @@ class FileTooLarge(SandboxError):
 
 class NotSupported(SandboxError):
     """The provider cannot do what an option or a call asks for; the message names it."""
+
+
+def first_error(group: BaseExceptionGroup[E]) -> E:
+    """Return the first error of a group, which is what a task group wraps the errors of its tasks in."""
+    error: BaseExceptionGroup[E] | E = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -6,6 +6,7 @@ and `mabridge.errors`. `mabridge.testing` checks that it keeps the contract.
 
 from __future__ import annotations
 
+import builtins
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -237,7 +238,7 @@ class Provider(ABC):
     type: ClassVar[str]
     """The name it is chosen by in a configuration, such as ``docker``."""
 
-    Options: ClassVar[type[ProviderOptions]] = ProviderOptions
+    Options: ClassVar[builtins.type[ProviderOptions]] = ProviderOptions
     """Its options, named as the vendor names them."""
 
     def __init__(self, options: ProviderOptions) -> None:
@@ -247,8 +248,8 @@ class Provider(ABC):
         """Open what the adapter needs to hold open. Reaching the provider is for `check` and `create`."""
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    async def __aexit__(  # noqa: B027 - many hold nothing open
+        self, exc_type: builtins.type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         """Close it. Sandboxes live on."""
 
