@@ -165,7 +165,7 @@ class Calls:
             if running.tools is None or running.interrupted:
                 return _error(_INTERRUPTED)
             # Taken before the call, which may be the one that tells of it, and given back if it does not get to.
-            fresh, workplace.fresh_again = workplace.fresh_again, False
+            fresh, workplace.fresh_untold = workplace.fresh_untold, False
             try:
                 result = await running.tools.call(call.name, call.input, call_id=call.id, thread=call.thread)
             except SandboxGone:
@@ -176,7 +176,7 @@ class Calls:
                     # It may have had effects that outlive the sandbox, so it is not run a second time.
                     return _error(_GONE)
             except SandboxError as error:
-                workplace.fresh_again = workplace.fresh_again or fresh
+                workplace.fresh_untold = workplace.fresh_untold or fresh
                 if not error.retryable or anyio.current_time() > give_up_at:
                     raise
                 if call.name == "edit":
@@ -185,7 +185,8 @@ class Calls:
                 running.waiting = anyio.CancelScope()
                 await anyio.sleep(_UNREACHABLE_PAUSE)
             else:
-                return _prefixed(_FRESH, result) if fresh else result
+                news = fresh and (workplace.replaced or self._ledger.resumed)
+                return _prefixed(_FRESH, result) if news else result
 
     async def _send(self, call: ToolCall, result: ToolResult) -> None:
         """Send a result until it is accepted, or until it is plain that it never will be."""

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
-from anthropic import APIError
+from anthropic import APIError, APIStatusError
 
 from mabridge.calls import Calls
 from mabridge.control_plane.lease import Lease, LeaseEnd
 from mabridge.control_plane.ledger import Finish, Ledger
-from mabridge.control_plane.queue import ClaimedWork
+from mabridge.control_plane.queue import ClaimedWork, is_transient
 from mabridge.control_plane.stream import SessionUnreachable, fetch_session, follow
 from mabridge.errors import LeaseLost, first_error
 from mabridge.observe import Event, Observers
@@ -97,6 +97,9 @@ class SessionRun:
             await self.lease.claim()
         except (APIError, LeaseLost) as error:
             self._observers.emit(self._event(name="session.lost", reason=str(error)))
+            if isinstance(error, APIStatusError) and not is_transient(error):
+                # Nobody can take it, and left alone it would be offered for ever.
+                await self.work.stop()
             return
         self._observers.emit(self._event(name="session.claimed"))
         async with anyio.create_task_group() as tasks:

@@ -53,11 +53,13 @@ class Workplace:
         self._changed = anyio.Condition()
         self._tools: SandboxTools | None = None
         self._failure: MabridgeError | None = None
-        self._had_one = False
+        self._made = 0
         self.held: Held | None = None
         """The sandbox, if the session has one now."""
-        self.fresh_again = False
-        """A sandbox was lost, and nobody has been told yet that the one there now has a fresh file system."""
+        self.fresh_untold = False
+        """The sandbox was made just now, and the agent was not told that its file system is a fresh one."""
+        self.replaced = False
+        """The sandbox is not the first that this run of the session had."""
 
     def want(self) -> None:
         """Have a sandbox made, without waiting for it."""
@@ -101,8 +103,9 @@ class Workplace:
     async def _keep_one(self) -> None:
         held = await self._sandboxes.obtain(self._session_id, self._providers)
         self.held = held
-        self.fresh_again = self._had_one and held.created
-        self._had_one = True
+        self.fresh_untold = held.created
+        self.replaced = self._made > 0
+        self._made += 1
         _log.debug("session %s works in sandbox %s", self._session_id, held.sandbox.id)
         async with Hands(held.sandbox) as hands, anyio.create_task_group() as tasks:
             tasks.start_soon(self._sandboxes.keep_alive, held)

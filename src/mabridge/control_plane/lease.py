@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping
 
 import anyio
-from anthropic import APIConnectionError, APIStatusError
+from anthropic import APIError, APIStatusError
 
 from mabridge.control_plane.queue import ClaimedWork, is_transient
 from mabridge.errors import LeaseLost
@@ -20,6 +20,7 @@ __all__ = ["Lease", "LeaseEnd"]
 _NO_HEARTBEAT = "NO_HEARTBEAT"
 _LONGEST_INTERVAL = 30.0
 _SHORTEST_INTERVAL = 0.2
+_FIRST_RETRY = 0.1
 # Assumed until the platform has told; its default is 300 s.
 _TTL_BEFORE_FIRST_BEAT = 60.0
 
@@ -88,19 +89,22 @@ class Lease:
         Raises:
             LeaseLost: the item is not ours to serve.
         """
-        while self.end is None:
-            if await self._beat():
-                return
-            await self._pause(self._interval / 4)
-        raise LeaseLost(f"{self._work.work_id} could not be claimed: {self.end.value}")
+        await self._beat_until_answered()
+        if self.end is not None:
+            raise LeaseLost(f"{self._work.work_id} could not be claimed: {self.end.value}")
 
     async def keep(self) -> None:
         """Send heartbeats until it has ended."""
         while self.end is None:
             await self._pause(self._interval)
-            while self.end is None and not await self._beat():
-                # A beat that failed is sent again soon: waiting a whole interval could cost the lease.
-                await self._pause(self._interval / 8)
+            await self._beat_until_answered()
+
+    async def _beat_until_answered(self) -> None:
+        # One that failed is sent again soon: to wait a whole interval could cost the lease.
+        pause = _FIRST_RETRY
+        while self.end is None and not await self._beat():
+            await self._pause(min(pause, self._interval / 4))
+            pause *= 2
 
     @property
     def _interval(self) -> float:
@@ -117,15 +121,15 @@ class Lease:
             # One that is never answered must not eat up the lease.
             with anyio.fail_after(min(self._interval, 10.0)):
                 answer = await self._work.heartbeat(self._last)
-        except (TimeoutError, APIConnectionError):
-            self._outcome_unknown = True
-            return False
         except APIStatusError as error:
             if error.status_code == 412:
                 return self._precondition_failed(error)
             if not is_transient(error):
                 self.finish(LeaseEnd.REJECTED)
                 return True
+            self._outcome_unknown = True
+            return False
+        except (TimeoutError, APIError):
             self._outcome_unknown = True
             return False
         self._last = answer.last_heartbeat

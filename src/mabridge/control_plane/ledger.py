@@ -136,6 +136,9 @@ class Ledger:
         self._child_threads: set[str] = set()
         self._ended_threads: set[str] = set()
         self._reading_history = False
+        self._history_read = False
+        self.resumed = False
+        """Calls of ours were answered before the history was first read: by an earlier run of the session."""
         self._idle_since: float | None = None
         self._finish: Finish | None = None
         self._finish_given = False
@@ -152,6 +155,9 @@ class Ledger:
 
     def history_ends(self) -> None:
         """The history was received whole."""
+        if not self._history_read:
+            self._history_read = True
+            self.resumed = any(call_id in self._answered for call_id in self._entries)
         self._reading_history = False
 
     def receive(self, event: object, now: float) -> None:

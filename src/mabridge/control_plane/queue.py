@@ -86,7 +86,9 @@ class WorkQueue:
                 # The queue held an entry whose session is gone. Polling has consumed it.
                 _log.info("the queue offered a session that no longer exists; skipped")
                 return None
-            raise self._explained(error) from error
+            if (explained := self._explained(error)) is not None:
+                raise explained from error
+            raise
         self._answered_once = True
         if not item:
             return None
@@ -99,7 +101,7 @@ class WorkQueue:
             await work.stop()
         return None
 
-    def _explained(self, error: APIStatusError) -> Exception:
+    def _explained(self, error: APIStatusError) -> ConfigError | None:
         if error.status_code in (401, 403):
             return ConfigError(
                 f"the platform rejected the environment key ({error.status_code}): it is wrong, was revoked, or "
@@ -109,7 +111,7 @@ class WorkQueue:
             return ConfigError(f"there is no environment {self.environment_id} (404): look up its id in the Console.")
         if error.status_code == 400:
             return ConfigError(f"the platform cannot poll {self.environment_id} (400): {error.message}")
-        return error
+        return None
 
 
 class ClaimedWork:
