@@ -65,7 +65,7 @@ class Sandboxes:
         environment_id: of the sessions.
         workdir: absolute path of the directory the agent works in.
         observers: told of what happens.
-        create_deadline: seconds after which a session is told that no sandbox can be had.
+        create_timeout: seconds after which a session is told that no sandbox can be had.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Sandboxes:
         environment_id: str,
         workdir: str,
         observers: Observers,
-        create_deadline: float = 120.0,
+        create_timeout: float = 120.0,
     ) -> None:
         self._providers = providers
         self._environment_id = environment_id
         self._workdir = workdir
         self._observers = observers
-        self._create_deadline = create_deadline
+        self._create_timeout = create_timeout
 
     async def obtain(self, session_id: str, names: Sequence[str]) -> Held:
         """Return the session's sandbox: the one it has, else one made by the first of `names` that can.
@@ -90,7 +90,7 @@ class Sandboxes:
             CreateFailed: none of them could, until the deadline; says for each of them why not.
         """
         pause = _FIRST_PAUSE
-        deadline = anyio.current_time() + self._create_deadline
+        deadline = anyio.current_time() + self._create_timeout
         while True:
             failures: dict[str, MabridgeError] = {}
             for attempt in (self._attach, self._create):

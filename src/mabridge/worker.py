@@ -57,6 +57,7 @@ class Worker:
         routes: which providers may serve a session; without any, all of them in order.
         max_sessions: sessions served at once. No more are claimed.
         max_idle: seconds that a session is kept after its agent has ended its turn; ``None`` is for ever.
+        create_timeout: seconds after which calls are answered with an error if no provider can give a sandbox.
         workdir: absolute path, in each sandbox, of the directory the agent works in.
         limits: of the tools.
         worker_id: tells this worker from others in the Console.
@@ -76,6 +77,7 @@ class Worker:
         routes: Sequence[Route] = (),
         max_sessions: int = 20,
         max_idle: float | None = 60.0,
+        create_timeout: float = 120.0,
         workdir: str = "/workspace",
         limits: ToolLimits | None = None,
         worker_id: str | None = None,
@@ -103,6 +105,7 @@ class Worker:
             environment_id=self._queue.environment_id,
             workdir=workdir,
             observers=self._observers,
+            create_timeout=create_timeout,
         )
         self._slots = anyio.Semaphore(max_sessions)
         self._max_sessions = max_sessions
@@ -132,6 +135,7 @@ class Worker:
             routes=config.routes,
             max_sessions=config.worker.max_sessions,
             max_idle=config.worker.max_idle,
+            create_timeout=config.worker.create_timeout,
             workdir=config.worker.workdir,
             worker_id=config.worker.worker_id,
             observers=observers,
