@@ -1,0 +1,98 @@
+"""One held-open process of ``hands.sh``, and what it answers."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import anyio
+
+from mabridge.errors import SandboxUnavailable
+from mabridge.sandbox import Process, Sandbox, SupportsProcess
+
+__all__ = ["Channel", "Reply", "parse_reply"]
+
+# An answer is 128 kB of output and a line. The sandbox is not trusted to keep to it.
+_MOST = 200_000
+_CLOSE_DEADLINE = 5.0
+_ENDING = re.compile(rb"(\d{1,9}) ([a-z]*) ?\.\n")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a call stands: its output, its exit code, and how it ended (``end``, ``died``, ``timeout``...)."""
+
+    output: bytes
+    code: int
+    how: str
+
+
+def parse_reply(data: bytes, nonce: str) -> Reply | None:
+    """Return the answer to a request, if it is there whole.
+
+    It is the output, and then a line of its own that begins with the request's nonce, which no command can know.
+    """
+    at = data.rfind(b"\n" + nonce.encode() + b" ")
+    if at < 0:
+        return None
+    line = data[at + len(nonce) + 2 :]
+    ending = _ENDING.fullmatch(line) or _RUNNING.fullmatch(line)
+    if ending is None:
+        return None
+    code = int(ending.group(1)) if ending.re is _ENDING else 0
+    return Reply(output=data[:at], code=code, how=ending.group(2).decode() if ending.re is _ENDING else "running")
+
+
+_RUNNING = re.compile(rb"running \.\n")
+
+
+class Channel:
+    """A connection to one shell of the hands: requests go in one at a time."""
+
+    def __init__(self, process: Process, sandbox_id: str) -> None:
+        self._process = process
+        self._sandbox_id = sandbox_id
+
+    @classmethod
+    async def open(cls, sandbox: Sandbox, argv: Sequence[str]) -> Self:
+        """Start the process.
+
+        Raises:
+            SandboxError: it could not be started.
+        """
+        assert isinstance(sandbox, SupportsProcess)
+        return cls(await sandbox.open_process(argv), sandbox.id)
+
+    async def ask(self, call: str, command: str, forget: Sequence[str]) -> Reply:
+        """Submit a call and return its answer, however long that takes.
+
+        Raises:
+            SandboxUnavailable: the connection broke. The call may have been submitted.
+            SandboxGone: the sandbox is definitely absent.
+        """
+        nonce = secrets.token_hex(8)
+        lines = command.split("\n")
+        request = " ".join((nonce, call, str(len(lines)), *forget))
+        await self._process.send(f"{request}\n{command}\n".encode())
+        answer = bytearray()
+        while True:
+            data = await self._process.receive()
+            answer += data
+            reply = parse_reply(bytes(answer), nonce) if data else None
+            if reply is not None:
+                return reply
+            if not data or len(answer) > _MOST:
+                raise SandboxUnavailable(
+                    "the hands in the sandbox broke off" if not data else "the hands in the sandbox made no sense",
+                    provider="hands",
+                    op="run",
+                    sandbox_id=self._sandbox_id,
+                )
+
+    async def aclose(self) -> None:
+        """Close it. What it has submitted goes on."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_DEADLINE):
+            await self._process.aclose()

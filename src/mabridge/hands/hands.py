@@ -1,0 +1,297 @@
+"""Speaks with ``hands.sh``: the worker's side of an agent's shells.
+
+A call goes in under its id, is run once by the shell of its thread, and leaves its output and its end in a journal in
+the sandbox. To submit an id again is to wait for the first run of it, or to read what it left. So nothing here needs to
+be remembered: a broken connection, or another worker, goes on by asking again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import TracebackType
+from typing import Self
+
+import anyio
+
+from mabridge.errors import SandboxError, SandboxUnavailable
+from mabridge.hands.channel import Channel, Reply, parse_reply
+from mabridge.identity import is_safe_id
+from mabridge.sandbox import Sandbox, SupportsProcess
+
+__all__ = ["CallResult", "Hands"]
+
+_log = logging.getLogger(__name__)
+
+# What one answer carries of the output at most; it is HEAD in hands.sh.
+_ANSWER = 131_072
+_PART = 49_152
+# A command that is larger goes in as a file: a channel takes it line by line, and a shell reads that byte by byte.
+_LINES_LIMIT = 16_384
+_EXEC_SLACK = 30.0
+_ROUND = 50.0
+_KILL_DEADLINE = 20.0
+_ATTEMPTS = 4
+_FIRST_PAUSE = 0.2
+
+_INSTALL = """
+for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
+    d=$d/.mabridge-hands
+    { mkdir -p "$d/calls" "$d/shells" && [ -O "$d" ] && chmod 700 "$d" && : > "$d/$1.$2"; } 2>/dev/null || continue
+    cat > "$d/$1.$2" && mv -f "$d/$1.$2" "$d/$1" || exit 1
+    sh "$d/$1" start "$3" || exit 1
+    echo "$d"
+    exit 0
+done
+exit 73
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallResult:
+    """What a command did.
+
+    Attributes:
+        exit_code: as a shell reports it, 128 + n for death by signal n; ``None`` if it was killed by us.
+        head: the beginning of its output, stdout and stderr merged; all of it if `size` is its length.
+        tail: the end of its output, if that is longer than `head`.
+        size: bytes of the whole output.
+        path: the file in the sandbox that has the whole output, if it is more than `head`.
+        timed_out: it was killed because its time had passed.
+        interrupted: it was killed by `Hands.interrupt`.
+        note: what the agent has to be told of its shell, if anything.
+    """
+
+    exit_code: int | None
+    head: bytes = b""
+    tail: bytes = b""
+    size: int = 0
+    path: str | None = None
+    timed_out: bool = False
+    interrupted: bool = False
+    note: str | None = None
+
+
+class Hands:
+    """The shells of one session in its sandbox. An async context manager.
+
+    Leaving it closes the connections. The shells, and what runs in them, live on.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._channels: dict[str, Channel] = {}
+        self._locks: dict[str, anyio.Lock] = {}
+        self._to_forget: list[str] = []
+        self.directory = ""
+        """Absolute path, in the sandbox, of the journal."""
+
+    async def __aenter__(self) -> Self:
+        """Put the hands into the sandbox, unless they are there, and start the main shell.
+
+        Raises:
+            SandboxError: they could not be; the sandbox has no place to write, or no shell.
+        """
+        await self._install("main")
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for shell in tuple(self._channels):
+            await self._drop_channel(shell)
+
+    async def run(self, call_id: str, command: str, *, shell: str = "main", timeout: float) -> CallResult:
+        """Run a command in a shell, once for its id, whoever asks and however often. Cancelled, it goes on.
+
+        Args:
+            call_id: the id of the call.
+            command: what the shell is to run.
+            shell: the name of the shell; those of different names run side by side.
+            timeout: seconds after which it is killed, with all it started. They count from now.
+
+        Raises:
+            SandboxGone: the sandbox is definitely absent.
+            SandboxUnavailable: it could not be reached. The command may be running; ask again with the same id.
+        """
+        call, shell = _file_name(call_id), _file_name(shell)
+        lock = self._locks.setdefault(shell, anyio.Lock())
+        async with lock:
+            reply: Reply | None = None
+            with anyio.move_on_after(timeout):
+                reply = await self._submit(call, command, shell)
+            if reply is None:
+                await self._kill(call, "timeout")
+                with anyio.fail_after(_KILL_DEADLINE):
+                    reply = await self._submit(call, command, shell)
+            return await self._result(call, reply)
+
+    async def interrupt(self, call_id: str) -> None:
+        """Kill what a call has started. Its `run` returns, with the output so far.
+
+        Raises:
+            SandboxError: the sandbox could not be reached.
+        """
+        await self._kill(_file_name(call_id), "interrupt")
+
+    async def restart(self, call_id: str, *, shell: str = "main") -> None:
+        """Give a shell up for a fresh one, once for the id of the call.
+
+        Raises:
+            SandboxError: the sandbox could not be reached.
+        """
+        await self._script("restart", _file_name(call_id), _file_name(shell))
+
+    async def forget(self, call_id: str) -> None:
+        """Drop what is kept of a call whose result was accepted, with the next call."""
+        self._to_forget.append(_file_name(call_id))
+
+    async def _submit(self, call: str, command: str, shell: str) -> Reply:
+        """Submit a call, or ask for it again, until there is an answer."""
+        pause = _FIRST_PAUSE
+        for attempt in range(_ATTEMPTS):
+            try:
+                if isinstance(self._sandbox, SupportsProcess) and len(command) <= _LINES_LIMIT:
+                    return await self._over_channel(call, command, shell)
+                return await self._over_exec(call, command, shell)
+            except SandboxUnavailable as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                _log.info("sandbox %s: asking again for call %s: %s", self._sandbox.id, call, error)
+                await anyio.sleep(pause)
+                pause *= 2
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _over_channel(self, call: str, command: str, shell: str) -> Reply:
+        channel = self._channels.get(shell)
+        if channel is None:
+            channel = await Channel.open(self._sandbox, [*self._argv, "channel", shell])
+            self._channels[shell] = channel
+        forget, self._to_forget = self._to_forget[:100], self._to_forget[100:]
+        done = False
+        try:
+            reply = await channel.ask(call, command, forget)
+            done = True
+            return reply
+        finally:
+            if not done:
+                # An answer that nobody waits for any more would be taken for the next one.
+                await self._drop_channel(shell)
+
+    async def _over_exec(self, call: str, command: str, shell: str) -> Reply:
+        while True:
+            nonce = secrets.token_hex(8)
+            result = await self._sandbox.exec(
+                [*self._argv, "once", nonce, call, shell, str(int(_ROUND))],
+                stdin=command.encode() + b"\n",
+                timeout=_ROUND + _EXEC_SLACK,
+                max_output=_ANSWER + 1024,
+            )
+            reply = parse_reply(result.stdout, nonce)
+            if reply is None:
+                raise SandboxUnavailable(
+                    f"the hands in the sandbox did not answer (exit code {result.exit_code})",
+                    provider="hands",
+                    op="run",
+                    sandbox_id=self._sandbox.id,
+                )
+            if reply.how != "running":
+                return reply
+
+    async def _result(self, call: str, reply: Reply) -> CallResult:
+        code = reply.code
+        ended_by_us = reply.how in ("timeout", "interrupt")
+        note = None
+        if reply.how == "died":
+            note = f"the shell ended with this command (exit code {code}) and was started again where it was"
+        elif reply.how == "lost":
+            note = "the shell was killed from outside and was started again"
+        head, tail, size = self._tidy(call, reply.output), b"", len(reply.output)
+        if size >= _ANSWER:
+            head = head[:_PART]
+            tail, size = await self._tail(call)
+        return CallResult(
+            exit_code=None if ended_by_us else code,
+            head=head,
+            tail=self._tidy(call, tail),
+            size=size if tail else len(head),
+            path=f"{self.directory}/calls/{call}.out" if tail else None,
+            timed_out=reply.how == "timeout",
+            interrupted=reply.how == "interrupt",
+            note=note,
+        )
+
+    def _tidy(self, call: str, output: bytes) -> bytes:
+        """Let the shell's own messages begin as those of any bash do, and not with the name of our file."""
+        script = re.escape(f"{self.directory}/calls/{call}.cmd.".encode()) + rb"[0-9a-f]{16}"
+        return re.sub(script, b"bash", output)
+
+    async def _tail(self, call: str) -> tuple[bytes, int]:
+        nonce = secrets.token_hex(8)
+        output = await self._script("tail", nonce, call, str(_PART), max_output=_PART + 1024)
+        reply = parse_reply(output, nonce)
+        if reply is None:
+            return b"", _ANSWER
+        return reply.output, reply.code
+
+    async def _kill(self, call: str, why: str) -> None:
+        with anyio.move_on_after(_KILL_DEADLINE):
+            await self._script("kill", call, why)
+
+    async def _script(self, *arguments: str, max_output: int = 1024) -> bytes:
+        result = await self._sandbox.exec(
+            [*self._argv, *arguments], timeout=_KILL_DEADLINE + _EXEC_SLACK, max_output=max_output
+        )
+        return result.stdout
+
+    @property
+    def _argv(self) -> list[str]:
+        return ["/bin/sh", f"{self.directory}/{_program_name()}"]
+
+    async def _install(self, shell: str) -> None:
+        result = await self._sandbox.exec(
+            ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), secrets.token_hex(4), shell],
+            stdin=_program(),
+            timeout=_EXEC_SLACK,
+            max_output=4096,
+        )
+        directory = result.stdout.decode("utf-8", "replace").strip()
+        if result.exit_code != 0 or not directory.startswith("/") or "\n" in directory:
+            why = result.stderr.decode("utf-8", "replace").strip()[:300]
+            hint = "no directory to write in: /tmp, /var/tmp, /dev/shm and the working directory refuse"
+            raise SandboxError(
+                f"the shell could not be set up: {hint if result.exit_code == 73 else why or result.exit_code}",
+                provider="hands",
+                op="start",
+                sandbox_id=self._sandbox.id,
+            )
+        self.directory = directory
+
+    async def _drop_channel(self, shell: str) -> None:
+        channel = self._channels.pop(shell, None)
+        if channel is not None:
+            await channel.aclose()
+
+
+def _file_name(name: str) -> str:
+    """Return a name that is safe in a path and in a line of the protocol: the same one for the same name."""
+    if is_safe_id(name) and "." not in name:
+        return name
+    return "h" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+@cache
+def _program() -> bytes:
+    text = (resources.files("mabridge.hands") / "hands.sh").read_text(encoding="utf-8")
+    return text.encode()
+
+
+@cache
+def _program_name() -> str:
+    # A worker of another version has another program, beside this one and over the same journal.
+    return f"hands-{hashlib.sha256(_program()).hexdigest()[:12]}.sh"
