@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from mabridge.errors import MabridgeError, SandboxGone, first_error
+from mabridge.errors import MabridgeError, first_error
 from mabridge.hands import Hands
 from mabridge.sandbox import Sandbox
 from mabridge.sandboxes import Held, Sandboxes
@@ -94,7 +94,7 @@ class Workplace:
                 await self._keep_one()
             except* MabridgeError as group:
                 failure = first_error(group)
-            if failure is not None and not isinstance(failure, SandboxGone):
+            if failure is not None and not self._lost.is_set():
                 await self._change(failure=failure)
                 await anyio.sleep(_FAILURE_STANDS)
             self._wanted, self._lost = anyio.Event(), anyio.Event()
