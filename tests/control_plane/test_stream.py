@@ -39,8 +39,8 @@ class Sink:
         self.seen.append(event.id)
         self._changed.set()
 
-    async def until(self, condition) -> None:
-        with anyio.fail_after(15):
+    async def until(self, condition, *, timeout: float = 15.0) -> None:
+        with anyio.fail_after(timeout):
             while not condition(self):
                 self._changed = anyio.Event()
                 await self._changed.wait()
@@ -121,6 +121,12 @@ async def test_failed_read_is_repeated(work: ClaimedWork, session: Session, plan
     async with following(work) as sink:
         await sink.until(lambda s: s.histories == 1)
         assert ids(session) <= set(sink.seen)
+
+
+async def test_stream_that_is_never_answered_is_opened_again(work: ClaimedWork, session: Session, plane: ControlPlane):
+    plane.faults.add(Fault(path="/events/stream$", hang=True))
+    async with following(work) as sink:
+        await sink.until(lambda s: s.histories == 1, timeout=30)
 
 
 @pytest.mark.parametrize("status", [403, 404])

@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 _PAGE = 1000
 _LIST_DEADLINE = 60.0
 _SEND_DEADLINE = 30.0
+# The stream's head is sent at once; its silence afterwards says little.
+_OPEN_DEADLINE = 15.0
 # A connection that died silently is noticed after this long without a byte. Reopening costs two reads of the
 # organization's 1,200 a minute.
 _STREAM_SILENCE = 300.0
@@ -89,9 +91,11 @@ async def follow(work: ClaimedWork, sink: Sink) -> None:
     backoff = _BACKOFF_START
     while True:
         try:
-            async with await work.request(
-                lambda client: client.beta.sessions.events.stream(work.session_id, timeout=timeout)
-            ) as stream:
+            with anyio.fail_after(_OPEN_DEADLINE):
+                opened = await work.request(
+                    lambda client: client.beta.sessions.events.stream(work.session_id, timeout=timeout)
+                )
+            async with opened as stream:
                 await _read_history(work, sink)
                 async for event in stream:
                     backoff = _BACKOFF_START
@@ -101,7 +105,7 @@ async def follow(work: ClaimedWork, sink: Sink) -> None:
             if not is_transient(error):
                 raise SessionUnreachable(f"session {work.session_id}: {error.message}") from error
             _log.info("session %s: the event stream failed (%s)", work.session_id, error.status_code)
-        except (APIError, httpx2.HTTPError) as error:
+        except (APIError, httpx2.HTTPError, TimeoutError) as error:
             _log.info("session %s: the event stream broke (%s)", work.session_id, type(error).__name__)
         await _pause(backoff)
         backoff = min(backoff * 2, _BACKOFF_CAP)
