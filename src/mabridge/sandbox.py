@@ -201,9 +201,9 @@ class Sandbox(ABC):
 
 
 class ProviderOptions(BaseModel):
-    """Base of a provider's options. Unknown ones are refused."""
+    """Base of a provider's options. Unknown ones are refused. The string below an option says what it is for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class EnvVar(BaseModel):

@@ -1,0 +1,1 @@
+"""The providers that come with mabridge, one file each."""
