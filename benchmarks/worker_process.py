@@ -33,7 +33,7 @@ async def sdk_worker(client: AsyncAnthropic, environment_id: str, key: str, work
 async def mabridge_worker(kind: str, client: AsyncAnthropic, environment_id: str, key: str, root: str) -> None:
     from mabridge import ProviderConfig, Worker
 
-    options = {"local": {"root": root}, "docker": {"image": os.environ.get("MABRIDGE_BENCH_IMAGE", "")}}[kind]
+    options = {"local": {"root": root}, "docker": {"image": os.environ.get("MABRIDGE_BENCH_IMAGE")}}[kind]
     await Worker(
         client,
         environment_id=environment_id,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 
 import pytest
 
+from mabridge.providers.docker import DockerOptions, DockerProvider
 from mabridge.providers.local import LocalOptions, LocalProvider
-from mabridge.sandbox import Sandbox, SandboxSpec
+from mabridge.sandbox import Provider, Sandbox, SandboxSpec
+from tests import images
 
 
 @pytest.fixture(scope="session")
@@ -23,25 +26,74 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With CI set, a test that needs Docker must run: a skip there would be a hole nobody sees."""
     report = yield
-    if (
-        report.skipped
-        and not hasattr(report, "wasxfail")
-        and os.environ.get("CI")
-        and item.get_closest_marker("docker")
-    ):
+    must_run = os.environ.get("CI") and item.get_closest_marker("docker")
+    if report.skipped and must_run and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped with CI set, where Docker must be there: {report.longrepr}"
     return report
 
 
+@pytest.fixture(scope="session")
+def image() -> Callable[[str], str]:
+    """Make a test image if it is missing, or skip the test."""
+
+    def ensure(name: str) -> str:
+        try:
+            return images.ensure(name)
+        except images.ImageMissing as exc:
+            pytest.skip(str(exc))
+
+    return ensure
+
+
+@pytest.fixture
+def key() -> str:
+    """A sandbox key that nobody else has."""
+    return "mab" + base64.b32encode(os.urandom(15)).decode().lower()
+
+
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("busybox", marks=pytest.mark.docker),
+        pytest.param("debian", marks=pytest.mark.docker),
+    ]
+)
+def place(request: pytest.FixtureRequest) -> str:
+    """Where a test that concerns every provider runs: each of these in turn."""
+    return request.param
+
+
+@pytest.fixture
+async def provider(place: str, tmp_path: Path, image: Callable[[str], str]) -> AsyncIterator[Provider]:
+    """The provider of `place`, entered."""
+    if place == "local":
+        made: Provider = LocalProvider(LocalOptions(root=tmp_path / "sandboxes"))
+    else:
+        name = image(images.BUSYBOX if place == "busybox" else images.DEBIAN)
+        made = DockerProvider(DockerOptions(image=name, pull="never"))
+    async with made as entered:
+        yield entered
+
+
+@pytest.fixture
+async def sandbox(provider: Provider, key: str) -> AsyncIterator[Sandbox]:
+    """A sandbox at `place`, removed when the test is done."""
+    made = await provider.create(SandboxSpec(key=key, ttl=600))
+    yield made
+    await made.teardown()
+
+
 @pytest.fixture
 async def local_provider(tmp_path: Path) -> AsyncIterator[LocalProvider]:
-    async with LocalProvider(LocalOptions(root=tmp_path / "sandboxes")) as provider:
-        yield provider
+    """The local provider, entered, with a root of its own."""
+    async with LocalProvider(LocalOptions(root=tmp_path / "sandboxes")) as entered:
+        yield entered
 
 
 @pytest.fixture
-async def local_sandbox(local_provider: LocalProvider) -> AsyncIterator[Sandbox]:
-    sandbox = await local_provider.create(SandboxSpec(key="mab" + "a" * 24))
-    yield sandbox
-    await sandbox.teardown()
+async def local_sandbox(local_provider: LocalProvider, key: str) -> AsyncIterator[Sandbox]:
+    """A sandbox of the local provider."""
+    made = await local_provider.create(SandboxSpec(key=key))
+    yield made
+    await made.teardown()

@@ -17,7 +17,7 @@ from mabridge.control_plane.ledger import Finish, Ledger
 from mabridge.control_plane.queue import ClaimedWork, is_transient
 from mabridge.control_plane.stream import SessionUnreachable, fetch_session, follow
 from mabridge.errors import LeaseLost, first_error
-from mabridge.observe import Event, Observers
+from mabridge.observe import Event, EventName, Observers
 from mabridge.resources.skills import install_skills
 from mabridge.routing import Route, SessionFacts, route
 from mabridge.sandbox import Sandbox
@@ -211,7 +211,7 @@ class SessionRun:
 
     async def _furnish(self, session: BetaManagedAgentsSession, sandbox: Sandbox) -> None:
         for skill in await install_skills(self.work.environment_client, session.agent, sandbox):
-            name = "skill.failed" if skill.error else "skill.installed"
+            name: EventName = "skill.failed" if skill.error else "skill.installed"
             self._observers.emit(self._event(name=name, sandbox_id=sandbox.id, reason=skill.error or skill.name))
 
     async def _act_until_finished(self, calls: Calls) -> Finish:

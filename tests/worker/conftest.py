@@ -58,13 +58,11 @@ def local(tmp_path: Path) -> ProviderConfig:
 
 
 @pytest.fixture(params=["local", pytest.param("docker", marks=pytest.mark.docker)])
-def provider(request: pytest.FixtureRequest, local: ProviderConfig) -> ProviderConfig:
+def provider(request: pytest.FixtureRequest, local: ProviderConfig, image: Callable[[str], str]) -> ProviderConfig:
     """Each of the two providers, for what the whole way has to show."""
     if request.param == "local":
         return local
-    from tests.images import busybox_image
-
-    return ProviderConfig(type="docker", options={"image": busybox_image()}, when_done="teardown")
+    return ProviderConfig(type="docker", options={"image": image("busybox")}, when_done="teardown")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import anyio
 import pytest
 
@@ -194,9 +196,9 @@ async def test_faults_repeat_no_call_and_lose_no_result(
 
 
 @pytest.mark.docker
-async def test_environment_key_is_nowhere_in_the_container(environment: Environment, serve: Serve, plane: ControlPlane):
-    from tests.images import busybox_image
-
+async def test_environment_key_is_nowhere_in_the_container(
+    environment: Environment, serve: Serve, image: Callable[[str], str]
+):
     key = environment.key
     assert key.startswith("sk-ant-oat01-")
 
@@ -212,7 +214,7 @@ async def test_environment_key_is_nowhere_in_the_container(environment: Environm
         # The search itself is in the journal of the shell; the key is not: it is compared out here.
         assert key not in reply.text
 
-    async with serve({"docker": ProviderConfig(type="docker", options={"image": busybox_image()})}) as watched:
+    async with serve({"docker": ProviderConfig(type="docker", options={"image": image("busybox")})}) as watched:
         session = environment.create_session(brain, message="go")
         created = await watched.until("sandbox.created")
         await session.wait_idle()

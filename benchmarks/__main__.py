@@ -2,7 +2,7 @@
 
 Each worker runs in a process of its own. Figures are ratios to be read across a row: machines differ.
 
-Usage: ``python benchmarks/bench.py [--quick] [--only sdk,local,docker]``
+Usage: ``python -m benchmarks [--quick] [--only sdk,local,docker]``
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mabridge.testing import Agent, ControlPlane, Environment
+from tests.images import BUSYBOX, ImageMissing, ensure
 
+IMAGE = os.environ.get("MABRIDGE_BENCH_IMAGE", BUSYBOX)
 WORKER = Path(__file__).with_name("worker_process.py")
 MB = 1024
 
@@ -33,7 +35,7 @@ async def worker(kind: str, plane: ControlPlane, environment: Environment) -> As
     """A worker of its own for `environment`, ready to claim."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(WORKER), kind, plane.url, environment.id],
-        env={**os.environ, "ANTHROPIC_ENVIRONMENT_KEY": environment.key},
+        env={**os.environ, "ANTHROPIC_ENVIRONMENT_KEY": environment.key, "MABRIDGE_BENCH_IMAGE": IMAGE},
         stdin=subprocess.PIPE,
     )
     try:
@@ -149,6 +151,12 @@ async def memory(kind: str, plane: ControlPlane, sessions: int) -> tuple[float, 
 
 
 async def main(kinds: list[str], quick: bool) -> None:
+    if "docker" in kinds and IMAGE == BUSYBOX:
+        try:
+            ensure(IMAGE)
+        except ImageMissing as error:
+            print(f"without docker: {error}")
+            kinds = [kind for kind in kinds if kind != "docker"]
     sessions, calls, times = (5, 50, 3) if quick else (20, 300, 12)
     table = Table(title="mabridge against the SDK's own worker, one run, one control plane")
     table.add_column("")

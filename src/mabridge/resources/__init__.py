@@ -1,0 +1,1 @@
+"""What is put into a session's sandbox before its first call."""
