@@ -21,9 +21,9 @@ from pathlib import Path
 import anyio
 from rich.console import Console
 from rich.table import Table
+from tests.images import BUSYBOX, ImageMissing, ensure
 
 from mabridge.testing import Agent, ControlPlane, Environment
-from tests.images import BUSYBOX, ImageMissing, ensure
 
 IMAGE = os.environ.get("MABRIDGE_BENCH_IMAGE", BUSYBOX)
 WORKER = Path(__file__).with_name("worker_process.py")

@@ -13,6 +13,7 @@ from anthropic import AsyncAnthropic
 
 from mabridge import Event, Provider, ProviderConfig, Worker
 from mabridge.testing import ControlPlane, Environment
+from tests.images import BUSYBOX
 
 Serve = Callable[..., AbstractAsyncContextManager["Watched"]]
 
@@ -62,7 +63,7 @@ def provider(request: pytest.FixtureRequest, local: ProviderConfig, image: Calla
     """Each of the two providers, for what the whole way has to show."""
     if request.param == "local":
         return local
-    return ProviderConfig(type="docker", options={"image": image("busybox")}, when_done="teardown")
+    return ProviderConfig(type="docker", options={"image": image(BUSYBOX)}, when_done="teardown")
 
 
 @pytest.fixture

@@ -172,10 +172,9 @@ class Hands:
         if channel is None:
             channel = await Channel.open(self._sandbox, [*self._argv, "channel", shell])
             self._channels[shell] = channel
-        forget, self._to_forget = self._to_forget[:100], self._to_forget[100:]
         done = False
         try:
-            reply = await channel.ask(call, command, forget)
+            reply = await channel.ask(call, command, self._next_to_forget())
             done = True
             return reply
         finally:
@@ -183,11 +182,15 @@ class Hands:
                 # An answer that nobody waits for any more would be taken for the next one.
                 await self._drop_channel(shell)
 
+    def _next_to_forget(self) -> list[str]:
+        some, self._to_forget = self._to_forget[:100], self._to_forget[100:]
+        return some
+
     async def _over_exec(self, call: str, command: str, shell: str) -> Reply:
         while True:
             nonce = secrets.token_hex(8)
             result = await self._sandbox.exec(
-                [*self._argv, "once", nonce, call, shell, str(int(_ROUND))],
+                [*self._argv, "once", nonce, call, shell, str(int(_ROUND)), *self._next_to_forget()],
                 stdin=command.encode() + b"\n",
                 timeout=_ROUND + _EXEC_SLACK,
                 max_output=_ANSWER + 1024,
@@ -228,8 +231,10 @@ class Hands:
 
     def _tidy(self, call: str, output: bytes) -> bytes:
         """Let the shell's own messages begin as those of any bash do, and not with the name of our file."""
-        script = re.escape(f"{self.directory}/calls/{call}.cmd.".encode()) + rb"[0-9a-f]{16}"
-        return re.sub(script, b"bash", output)
+        ours = re.escape(self.directory.encode())
+        program = ours + rb"/hands-[0-9a-f]{12}\.sh"
+        script = ours + b"/calls/" + call.encode() + rb"\.cmd\.[0-9a-f]{16}"
+        return re.sub(b"(?:" + program + b": )?" + script + b"|" + program, b"bash", output)
 
     async def _tail(self, call: str) -> tuple[bytes, int]:
         nonce = secrets.token_hex(8)

@@ -3,10 +3,10 @@
 # Runs in the sandbox, under any POSIX sh. It lies in a directory of its own, with calls/ (the journal) and shells/:
 #
 #   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG: which of them counts
-#   calls/ID.begun     uptime, shell's pid: it was begun, once    calls/ID.out      its output so far
+#   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
 #   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    a FIFO to poke at its end
 #   calls/ID.why       why somebody killed it
-#   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper, inner    pid and start time of its processes
+#   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
 #   shells/NAME/state.0, state.1    what survives the shell; shells/NAME/state tells which of the two is whole
 #
 # A shell is two processes: the inner one runs the commands, and the keeper starts it again whenever it has ended.
@@ -61,8 +61,10 @@ pause() { sleep 0.05 2>/dev/null || sleep 1; }
 # without the variable by which adapters mark their processes.
 start() {
     S=$D/shells/$1
-    runs "$S/keeper" && return 0
-    mkdir -p "$S" && { [ -p "$S/in" ] || mkfifo "$S/in"; } || return 1
+    lives && return 0
+    # Not -p: where the whole sandbox was removed, nothing of it is to come back.
+    { [ -d "$S" ] || mkdir "$S" 2>/dev/null || [ -d "$S" ]; } || return 1
+    { [ -p "$S/in" ] || mkfifo "$S/in" 2>/dev/null || [ -p "$S/in" ]; } || return 1
     (
         unset MAB_EXEC
         if command -v setsid > /dev/null 2>&1; then exec setsid sh "$0" keep "$1"; fi
@@ -70,21 +72,43 @@ start() {
         exec sh "$0" keep "$1"
     ) < /dev/null > /dev/null 2>&1 &
     tries=0
-    until runs "$S/keeper"; do
+    until lives; do
         tries=$((tries + 1))
         [ "$tries" -le 100 ] || return 1
         pause
     done
 }
 
+# Whether the shell has a keeper. There is one for good: the next is keeper.N+1, which only one can create, and only
+# when keeper.N is dead.
+generation=0
+lives() {
+    [ "$generation" -gt 0 ] && runs "$S/keeper.$generation" && return 0
+    for file in "$S"/keeper.*; do
+        case ${file##*.} in *[!0-9]*) continue ;; esac
+        [ "${file##*.}" -le "$generation" ] || generation=${file##*.}
+    done
+    # An empty one is just being written.
+    tries_empty=0
+    while [ -e "$S/keeper.$generation" ] && [ ! -s "$S/keeper.$generation" ] && [ "$tries_empty" -lt 20 ]; do
+        tries_empty=$((tries_empty + 1))
+        pause
+    done
+    runs "$S/keeper.$generation"
+}
+
 keep() {
     S=$D/shells/$1
     # A handler, and not '': what is ignored here would be ignored by every command.
     trap : HUP INT TERM
-    if runs "$S/inner"; then kill -9 "$pid" 2>/dev/null; fi
-    look $$ || since=0
+    lives && return 0
     exec 3<> "$S/in"
-    printf '%s %s\n' $$ "$since" >| "$S/keeper"
+    look $$ || since=0
+    set -C
+    { printf '%s %s\n' $$ "$since" > "$S/keeper.$((generation + 1))"; } 2>/dev/null || return 0
+    set +C
+    rm -f "$S/keeper.$generation"
+    if runs "$S/inner"; then kill -9 "$pid" 2>/dev/null; fi
     while :; do
         if command -v bash > /dev/null 2>&1; then
             TERM=dumb bash --noprofile --norc "$0" inner "$1"
@@ -100,6 +124,7 @@ keep() {
             settle "$id" "$code" "$why"
         else
             # It did not get as far as a call: perhaps no process can be had now.
+            [ -d "$S" ] || return 0
             pause
         fi
         : >| "$S/current"
@@ -115,14 +140,15 @@ publish() {
 
 begin_first() {
     set -C
-    { printf '0 0\n' > "$C/$1.begun"; } 2>/dev/null
+    { printf '0 0 0\n' > "$C/$1.begun"; } 2>/dev/null
     won=$?
     set +C
     return $won
 }
 
 # What of a call's processes is still there: all that carry its mark, and all below its shell ($2) that are no older than
-# the call ($3): a subshell of the shell itself carries no mark.
+# the call, for a subshell of the shell itself carries no mark. The call began at tick $3 of the clock, which ticks a
+# hundred times a second, and after the background job $4.
 find_processes() {
     found=' ' below=" $2 " grew=1
     # shellcheck disable=SC2013 # words are what is wanted
@@ -138,7 +164,7 @@ find_processes() {
             look "$f" || continue
             case $below in *" $f "*) continue ;; esac
             case $below in *" $ppid "*) ;; *) continue ;; esac
-            [ "$since" -ge "$3" ] || continue
+            [ "$since" -gt "$3" ] || { [ "$since" -eq "$3" ] && [ "$f" -gt "$4" ]; } || continue
             below="$below$f " grew=1
             case $found in *" $f "*) ;; *) [ "$state" = Z ] || found="$found$f " ;; esac
         done
@@ -152,17 +178,20 @@ kill_call() {
         settle "$1" 130 "$2"
         return 0
     fi
-    up='' inner=0
-    { IFS=' ' read -r up inner < "$C/$1.begun"; } 2>/dev/null
+    up='' inner=0 job=0
+    { IFS=' ' read -r up inner job < "$C/$1.begun"; } 2>/dev/null
     ticks=${up%.*}${up#*.}
     # A line that goes on after its command was killed would start the next one.
     [ "$inner" -gt 0 ] && kill -STOP "$inner" 2>/dev/null
     pass=0
     while [ "$pass" -lt 20 ]; do
         pass=$((pass + 1))
-        find_processes "$1" "$inner" "${ticks:-0}"
+        find_processes "$1" "$inner" "${ticks:-0}" "${job:-0}"
         [ "$found" != ' ' ] || break
+        # Stopped first: a shell among them would tell of the others' end in the output.
         # shellcheck disable=SC2086 # a list of pids
+        kill -STOP $found 2>/dev/null
+        # shellcheck disable=SC2086
         kill -9 $found 2>/dev/null
     done
     [ "$inner" -gt 0 ] && kill -9 "$inner" 2>/dev/null
@@ -203,7 +232,7 @@ tail)
     printf '\n%s %s .\n' "$2" $((size))
     ;;
 once)
-    # One round trip: $2 nonce, $3 id, $4 shell, $5 seconds at most. The command is on stdin.
+    # One round trip: $2 nonce, $3 id, $4 shell, $5 seconds at most, and ids to forget. The command is on stdin.
     cat >| "$C/$3.cmd.$2"
     publish "$3" "$2"
     if ! is_done "$3"; then
@@ -217,12 +246,14 @@ once)
                 printf '\n%s running .\n' "$2"
                 exit 0
             fi
-            runs "$S/keeper" || kill_call "$3" lost
+            lives || kill_call "$3" lost
             pause
             IFS='. ' read -r now _ < /proc/uptime
         done
     fi
     answer "$2" "$3"
+    shift 5
+    forget "$@"
     ;;
 channel)
     # Requests on stdin, one at a time: "NONCE ID LINES [ID to forget]...", and then the lines of the command.
@@ -259,9 +290,9 @@ inner)
     __mab_next=0
     look $$ || since=0
     printf '%s %s\n' $$ "$since" >| "$__mab_S/inner"
-    unset -f runs is_done settle pause start keep publish begin_first find_processes kill_call answer forget look
+    unset -f runs is_done settle pause start lives keep publish begin_first find_processes kill_call answer forget look
     { IFS= read -r __mab_whole < "$__mab_S/state"; } 2>/dev/null || __mab_whole=
-    unset D C HEAD line state ppid since pid began status MAB_EXEC
+    unset D C HEAD generation line state ppid since pid began status MAB_EXEC
     if [ -n "$__mab_whole" ]; then
         { IFS= read -r __mab_dir < "$__mab_S/dir.$__mab_whole"; } 2>/dev/null || __mab_dir=/
         # shellcheck disable=SC1090 # what the last shell left; read-only variables refuse, which is as well
@@ -287,7 +318,7 @@ inner)
         command printf '%s\n' "$__mab_id" >| "$__mab_S/current"
         case $- in *C*) __mab_rest=-C ;; *) __mab_rest=+C ;; esac
         set -C
-        { command printf '%s %s\n' "$__mab_up" $$ > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
+        { command printf '%s %s %s\n' "$__mab_up" $$ "${!:-0}" > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
         set "$__mab_rest"
         [ -n "$__mab_id" ] || continue
         __mab_tag=

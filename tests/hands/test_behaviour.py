@@ -1,0 +1,207 @@
+"""What a shell does, whatever shell the image has, over a channel and over plain exec alike."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from importlib import resources
+from itertools import count
+
+import anyio
+import pytest
+
+from mabridge.hands import CallResult, Hands
+from mabridge.sandbox import Sandbox
+
+pytestmark = pytest.mark.anyio
+
+_numbers = count()
+
+
+class ExecOnly:
+    """A sandbox that can hold no process open."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.id = sandbox.id
+        self.workdir = sandbox.workdir
+        self.exec = sandbox.exec
+        self.read_file = sandbox.read_file
+
+
+class Shell:
+    """Runs commands, each under an id of its own."""
+
+    def __init__(self, hands: Hands) -> None:
+        self.hands = hands
+
+    async def __call__(self, command: str, *, timeout: float = 20.0, shell: str = "main") -> CallResult:
+        return await self.hands.run(f"call_{next(_numbers)}", command, shell=shell, timeout=timeout)
+
+    async def text(self, command: str, **options) -> str:
+        return (await self(command, **options)).head.decode().strip()
+
+
+@pytest.fixture(params=["channel", "exec"])
+def reached(request: pytest.FixtureRequest, sandbox: Sandbox) -> Sandbox:
+    return sandbox if request.param == "channel" else ExecOnly(sandbox)  # type: ignore[return-value]
+
+
+@pytest.fixture
+async def run(reached: Sandbox) -> AsyncIterator[Shell]:
+    async with Hands(reached) as hands:
+        yield Shell(hands)
+
+
+async def test_shell_keeps_directory_and_variables(run: Shell):
+    await run("cd /; X='a  b'; export Y=\"c'd\"")
+    assert await run.text('pwd; echo "$X"; echo "$Y"; sh -c \'echo "$Y"\'') == "/\na  b\nc'd\nc'd"
+
+
+async def test_exit_code_and_both_streams_come_back(run: Shell):
+    result = await run("echo out; echo err >&2; (exit 70)")
+    assert result.exit_code == 70
+    assert sorted(result.head.split()) == [b"err", b"out"]
+    assert result.note is None
+
+
+async def test_commands_that_are_awkward_are_just_commands(run: Shell):
+    assert await run.text("cat <<EOF\none $((1+1))\nEOF") == "one 2"
+    assert await run.text("cat; echo eof") == "eof"
+    assert await run.text("printf '%s' 'a\nb'") == "a\nb"
+    assert (await run("printf 'a\\000b\\377'")).head == b"a\0b\xff"
+    assert await run.text("echo x; exec 1>&-; echo unheard 2>/dev/null") == "x"
+    assert await run.text("echo still here") == "still here"
+    assert await run.text("# only a comment") == ""
+    assert await run.text("echo 'no newline at the end of a long line' | tr -d '\\n' | wc -c") == "36"
+
+
+async def test_unclosed_quote_is_an_error_at_once(run: Shell):
+    with anyio.fail_after(15):
+        assert (await run("echo 'unclosed")).exit_code not in (0, None)
+        assert (await run("echo $(")).exit_code not in (0, None)
+    assert await run.text("echo on") == "on"
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("exec true", 0), ("kill -9 $$", 137)])
+async def test_shell_that_died_is_started_again_where_it_was(run: Shell, command: str, code: int):
+    await run("mkdir -p deep && cd deep && export KEPT=yes")
+    died = await run(f"echo last words; {command}")
+    assert died.exit_code == code
+    assert died.head == b"last words\n"
+    assert died.note
+    assert await run.text("echo $KEPT; basename $(pwd)") == "yes\ndeep"
+
+
+async def test_set_e_ends_the_command_with_its_own_code(run: Shell):
+    result = await run("set -e; echo before; (exit 9); echo after")
+    assert (result.exit_code, result.head) == (9, b"before\n")
+    assert await run.text("set +e; echo on") == "on"
+
+
+async def test_timeout_kills_what_the_call_started_and_keeps_the_rest(run: Shell):
+    await run("X=kept; sleep 4321 & echo $! > job")
+    await run("true")  # so that the job is older than the call by more than a tick
+    with anyio.fail_after(15):
+        result = await run("echo so far; (sleep 4322 & setsid sleep 4322 & wait); sleep 4322", timeout=1.0)
+    assert (result.exit_code, result.timed_out, result.head) == (None, True, b"so far\n")
+    alive = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done 2>/dev/null | grep -c '^sleep 432[2]'"
+    assert await run.text(f"echo $X; kill -0 $(cat job) && echo alive; {alive}") == "kept\nalive\n0"
+
+
+async def test_loop_in_the_shell_itself_is_killed(run: Shell):
+    with anyio.fail_after(15):
+        result = await run("(while :; do :; done) & while :; do :; done", timeout=0.5)
+    assert result.timed_out
+    assert await run.text("echo on") == "on"
+
+
+async def test_interrupt_returns_what_there_is(run: Shell):
+    results: list[CallResult] = []
+
+    async def long() -> None:
+        results.append(await run.hands.run("to_interrupt", "echo so far; touch begun; sleep 4323", timeout=60))
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(long)
+            while (await run("ls begun", shell="other")).exit_code != 0:
+                pass
+            await run.hands.interrupt("to_interrupt")
+    (result,) = results
+    assert (result.exit_code, result.interrupted, result.head) == (None, True, b"so far\n")
+
+
+async def test_same_id_runs_once_whoever_asks(reached: Sandbox):
+    async def ask(results: list[CallResult]) -> None:
+        async with Hands(reached) as hands:
+            results.append(await hands.run("only_once", "echo ran >> log; sleep 0.3; wc -l < log", timeout=20))
+
+    results: list[CallResult] = []
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(ask, results)
+    assert [result.head.strip() for result in results] == [b"1"] * 4
+
+
+async def test_command_of_a_worker_that_left_is_waited_for(reached: Sandbox):
+    async with Hands(reached) as first:
+        with anyio.move_on_after(0.7):
+            await first.run("left", "echo begun >> log; sleep 2; echo done", timeout=30)
+    async with Hands(reached) as second:
+        result = await second.run("left", "echo begun >> log; sleep 2; echo done", timeout=30)
+        assert (result.exit_code, result.head) == (0, b"done\n")
+        assert (await second.run("look", "wc -l < log", timeout=10)).head.strip() == b"1"
+
+
+async def test_shells_of_different_names_share_files_and_nothing_else(run: Shell):
+    await run("X=main; echo shared > file")
+    assert await run.text("echo ${X:-none}; cat file", shell="thread 1/é") == "none\nshared"
+
+
+async def test_restart_gives_a_fresh_shell(run: Shell):
+    await run("cd /; X=old; export X")
+    await run.hands.restart("fresh")
+    await run.hands.restart("fresh")
+    assert await run.text('echo "${X:-none}"; [ "$PWD" = / ] || echo home') == "none\nhome"
+
+
+async def test_long_output_comes_with_its_ends_its_size_and_its_place(run: Shell, reached: Sandbox):
+    result = await run("seq 1 100000")
+    assert result.size == 588_895
+    assert result.head.startswith(b"1\n2\n3\n")
+    assert result.tail.endswith(b"99999\n100000\n")
+    assert len(result.head) + len(result.tail) < 200_000
+    assert result.path is not None
+    assert len(await reached.read_file(result.path, max_bytes=1_000_000)) == 588_895
+
+
+async def test_background_job_does_not_hold_the_call(run: Shell):
+    with anyio.fail_after(15):
+        assert await run.text("sleep 4324 & echo started") == "started"
+
+
+async def test_large_command_goes_in_whole(run: Shell):
+    text = "x" * 200_000
+    assert await run.text(f"printf %s '{text}' | wc -c") == "200000"
+
+
+async def test_what_is_forgotten_leaves_the_journal(run: Shell):
+    await run.hands.run("to_forget", "echo x", timeout=10)
+    await run.hands.forget("to_forget")
+    await run("true")
+    await run("true")
+    assert await run.text(f"ls {run.hands.directory}/calls | grep -c to_forget") == "0"
+
+
+async def test_hands_pick_the_first_place_that_can_be_written(local_sandbox: Sandbox):
+    async with Hands(local_sandbox) as hands:
+        assert hands.directory.startswith(local_sandbox.workdir.removesuffix("/workspace") + "/tmp/")
+
+
+def test_program_is_clean_for_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("there is no shellcheck")
+    program = resources.files("mabridge.hands") / "hands.sh"
+    done = subprocess.run(["shellcheck", "-s", "sh", str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
