@@ -186,12 +186,16 @@ async def test_large_command_goes_in_whole(run: Shell):
     assert await run.text(f"printf %s '{text}' | wc -c") == "200000"
 
 
-async def test_what_is_forgotten_leaves_the_journal(run: Shell):
-    await run.hands.run("to_forget", "echo x", timeout=10)
+async def test_what_is_forgotten_leaves_the_journal_and_is_not_run_again(run: Shell):
+    await run.hands.run("to_forget", "echo x >> log", timeout=10)
     await run.hands.forget("to_forget")
     await run("true")
     await run("true")
-    assert await run.text(f"ls {run.hands.directory}/calls | grep -c to_forget") == "0"
+    assert await run.text(f"ls {run.hands.directory}/calls | grep to_forget") == "to_forget.gone"
+    again = await run.hands.run("to_forget", "echo x >> log", timeout=10)
+    assert again.exit_code is None
+    assert again.note
+    assert await run.text("cat log") == "x"
 
 
 async def test_hands_pick_the_first_place_that_can_be_written(local_sandbox: Sandbox):

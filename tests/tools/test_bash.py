@@ -156,8 +156,10 @@ async def test_same_call_again_has_the_first_result(bash: Shell) -> None:
 
 async def test_accepted_call_is_let_go_and_never_run_again(bash: Shell) -> None:
     await bash("echo x >>ran")
-    await bash.tools.accepted(bash.last)
-    again = await bash.tools.call("bash", {"command": "echo x >>ran"}, call_id=bash.last)
+    first = bash.last
+    await bash.tools.accepted(first)
+    await bash("true")
+    again = await bash.tools.call("bash", {"command": "echo x >>ran"}, call_id=first)
     assert again.is_error
     assert "not kept any more" in again.content[0]["text"]
     assert await bash("cat ran") == (False, "x")

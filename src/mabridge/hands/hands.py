@@ -43,6 +43,7 @@ _INSTALL = """
 for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     d=$d/.mabridge-hands
     { mkdir -p "$d/calls" "$d/shells" && [ -O "$d" ] && chmod 700 "$d" && : > "$d/$1.$2"; } 2>/dev/null || continue
+    (set -C && echo "$2" > "$d/token") 2>/dev/null
     cat > "$d/$1.$2" && mv -f "$d/$1.$2" "$d/$1" || exit 1
     sh "$d/$1" start "$3" || exit 1
     echo "$d"
@@ -61,7 +62,7 @@ class CallResult:
         head: the beginning of its output, stdout and stderr merged; all of it if `size` is its length.
         tail: the end of its output, if that is longer than `head`.
         size: bytes of the whole output.
-        path: the file in the sandbox that has the whole output, if it is more than `head`.
+        path: the file in the sandbox that has the whole output, if it is a long one.
         timed_out: it was killed because its time had passed.
         interrupted: it was killed by `Hands.interrupt`.
         note: what the agent has to be told of its shell, if anything.
@@ -208,6 +209,8 @@ class Hands:
 
     async def _result(self, call: str, reply: Reply) -> CallResult:
         code = reply.code
+        if reply.how == "forgotten":
+            return CallResult(exit_code=None, note="this call was answered before, and its result is not kept any more")
         ended_by_us = reply.how in ("timeout", "interrupt")
         note = None
         if reply.how == "died":
@@ -223,7 +226,7 @@ class Hands:
             head=head,
             tail=self._tidy(call, tail),
             size=size if tail else len(head),
-            path=f"{self.directory}/calls/{call}.out" if tail else None,
+            path=f"{self.directory}/calls/{call}.out" if size > _PART else None,
             timed_out=reply.how == "timeout",
             interrupted=reply.how == "interrupt",
             note=note,

@@ -5,9 +5,11 @@
 #   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG: which of them counts
 #   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
 #   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    a FIFO to poke at its end
-#   calls/ID.why       why somebody killed it
+#   calls/ID.why       why somebody killed it                     calls/ID.gone     all was forgotten but that it was
 #   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
 #   shells/NAME/state.0, state.1    what survives the shell; shells/NAME/state tells which of the two is whole
+#
+#   token              tells the marks of this sandbox's processes from another's, where they share a machine
 #
 # A shell is two processes: the inner one runs the commands, and the keeper starts it again whenever it has ended.
 # The hot path forks nothing but the command: what looks clumsy below is done with builtins for that.
@@ -43,7 +45,7 @@ is_done() {
     status=''
     { IFS= read -r status < "$C/$1.status"; } 2>/dev/null
     case $status in *.) return 0 ;; esac
-    return 1
+    [ -e "$C/$1.gone" ] && status='0 forgotten .'
 }
 
 # Write the status of a call, and poke whoever waits for it. Opened for reading too, a FIFO never blocks.
@@ -152,7 +154,7 @@ begin_first() {
 find_processes() {
     found=' ' below=" $2 " grew=1
     # shellcheck disable=SC2013 # words are what is wanted
-    for f in $(grep -ls "MABRIDGE_CALL=$1\\." /proc/[0-9]*/environ 2>/dev/null); do
+    for f in $(grep -ls "MABRIDGE_CALL=$1\\.$token\\." /proc/[0-9]*/environ 2>/dev/null); do
         f=${f#/proc/}
         f=${f%/environ}
         [ "$f" = "$2" ] || { look "$f" && [ "$state" != Z ] && found="$found$f "; }
@@ -173,6 +175,8 @@ find_processes() {
 
 kill_call() {
     is_done "$1" && return 0
+    token=''
+    { IFS= read -r token < "$D/token"; } 2>/dev/null
     printf '%s\n' "$2" >| "$C/$1.why"
     if begin_first "$1"; then
         settle "$1" 130 "$2"
@@ -209,8 +213,12 @@ answer() {
     printf '\n%s %s\n' "$1" "$status"
 }
 
+# What is left of a call is that it was: an empty file.
 forget() {
-    for id in "$@"; do rm -f "$C/$id".*; done
+    for id in "$@"; do
+        : >| "$C/$id.gone"
+        rm -f "$C/$id".[!g]*
+    done
 }
 
 HEAD=131072
@@ -291,6 +299,7 @@ inner)
     look $$ || since=0
     printf '%s %s\n' $$ "$since" >| "$__mab_S/inner"
     unset -f runs is_done settle pause start lives keep publish begin_first find_processes kill_call answer forget look
+    { IFS= read -r __mab_token < "$D/token"; } 2>/dev/null || __mab_token=
     { IFS= read -r __mab_whole < "$__mab_S/state"; } 2>/dev/null || __mab_whole=
     unset D C HEAD generation line state ppid since pid began status MAB_EXEC
     if [ -n "$__mab_whole" ]; then
@@ -323,7 +332,7 @@ inner)
         [ -n "$__mab_id" ] || continue
         __mab_tag=
         { IFS= command read -r __mab_tag < "$__mab_C/$__mab_id.ready"; } 2>/dev/null || :
-        MABRIDGE_CALL=$__mab_id.
+        MABRIDGE_CALL=$__mab_id.$__mab_token.
         export MABRIDGE_CALL
         # Not in a condition, where `set -e` would not count.
         # shellcheck disable=SC1090 # the agent's command
