@@ -170,6 +170,22 @@ async def test_threads_work_side_by_side_each_in_its_own_shell(environment: Envi
         await environment.create_session(brain, message="go").wait_idle()
 
 
+async def test_skills_of_the_agent_are_in_the_sandbox_before_its_first_call(
+    plane: ControlPlane, environment: Environment, serve: Serve, provider: ProviderConfig
+):
+    greet = plane.create_skill("greet", {"SKILL.md": "# Greet", "bin/greet.sh": "#!/bin/sh\necho hello\n"})
+
+    async def brain(agent: Agent) -> None:
+        assert (await agent.call("read", {"file_path": "skills/greet/SKILL.md"})).text == "# Greet"
+        assert (await agent.call("bash", {"command": "sh skills/greet/bin/greet.sh"})).text == "hello"
+
+    async with serve({"p": provider}) as watched:
+        await environment.create_session(brain, message="go", skills=[greet]).wait_idle()
+    assert watched.named("skill.installed")
+    used = {record.credential for record in plane.requests if "/skills/" in record.path}
+    assert used == {"environment_key"}
+
+
 async def test_faults_repeat_no_call_and_lose_no_result(
     plane: ControlPlane, environment: Environment, serve: Serve, provider: ProviderConfig
 ):
