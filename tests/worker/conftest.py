@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ import anyio
 import pytest
 from anthropic import AsyncAnthropic
 
-from mabridge import Event, Provider, ProviderConfig, Worker
+from mabridge import Event, Provider, ProviderConfig, SandboxError, Worker
+from mabridge.identity import ENVIRONMENT_LABEL
+from mabridge.plugins import make_provider
 from mabridge.testing import ControlPlane, Environment
 from tests.images import BUSYBOX
 
@@ -88,9 +91,27 @@ def serve(environment: Environment, local: ProviderConfig) -> Serve:
                 observers=[watched],
                 **{"max_idle": 0.2, **options},
             )
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watched.worker.run)
-                yield watched
-                tasks.cancel_scope.cancel()
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(watched.worker.run)
+                    yield watched
+                    tasks.cancel_scope.cancel()
+            finally:
+                # A worker that is cancelled leaves its sandboxes to the next one.
+                for config in (providers or {"local": local}).values():
+                    await remove_sandboxes(config, environment)
 
     return serve
+
+
+async def remove_sandboxes(config: Provider | ProviderConfig, environment: Environment) -> None:
+    """Remove the sandboxes of an environment's sessions, if the provider can be asked at all."""
+    assert isinstance(config, ProviderConfig)
+    with anyio.CancelScope(shield=True), anyio.move_on_after(30), contextlib.suppress(SandboxError):
+        async with make_provider(config, "cleanup") as provider:
+            infos = [info async for info in provider.list()]
+            for info in infos:
+                if info.labels.get(ENVIRONMENT_LABEL) == environment.id:
+                    sandbox = await provider.attach(info.key)
+                    if sandbox is not None:
+                        await sandbox.teardown()

@@ -9,9 +9,8 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from mabridge import ConfigError, ProviderConfig, Route, Worker
-from mabridge.providers.local import LocalOptions, LocalProvider
 from mabridge.testing import Agent, ControlPlane, Environment, Fault
-from tests.worker.conftest import Serve
+from tests.worker.conftest import Serve, remove_sandboxes
 
 pytestmark = pytest.mark.anyio
 
@@ -75,14 +74,6 @@ async def test_session_without_a_sandbox_is_told_why(environment: Environment, s
     assert "broken:" in text
 
 
-async def remove_all(local: ProviderConfig) -> None:
-    async with LocalProvider(LocalOptions(root=Path(local.options["root"]))) as provider:
-        async for info in provider.list():
-            sandbox = await provider.attach(info.key)
-            assert sandbox is not None
-            await sandbox.teardown()
-
-
 async def test_sandbox_that_is_gone_is_made_anew_and_the_agent_is_told(
     environment: Environment, serve: Serve, local: ProviderConfig
 ):
@@ -90,7 +81,7 @@ async def test_sandbox_that_is_gone_is_made_anew_and_the_agent_is_told(
 
     async def brain(agent: Agent) -> None:
         await agent.call("bash", {"command": "echo precious > file"})
-        await remove_all(local)
+        await remove_sandboxes(local, environment)
         for _ in range(3):
             texts.append((await agent.call("bash", {"command": "cat file || echo lost"})).text)
 
@@ -125,11 +116,10 @@ async def test_lost_lease_stops_everything_and_touches_nothing(serve: Serve, loc
             plane.faults.add(Fault(path="/poll$", status=503, times=None))
             environment.queue.lapse(session.id)
             await watched.until("session.lost")
+            assert len(list(Path(local.options["root"]).iterdir())) == 1
     assert not any(record.path.endswith("/stop") for record in plane.requests)
     assert not any(record.method == "POST" and record.path.endswith("/events") for record in plane.requests)
     assert not watched.named("sandbox.removed")
-    assert len(list(Path(local.options["root"]).iterdir())) == 1
-    await remove_all(local)
 
 
 async def test_operators_stop_ends_the_call_and_the_session(serve: Serve):
