@@ -79,6 +79,7 @@ def serve(environment: Environment, local: ProviderConfig) -> Serve:
         providers: dict[str, Provider | ProviderConfig] | None = None,
         *,
         environment: Environment = usual,
+        clean_up: bool = True,
         **options: Any,
     ) -> AsyncIterator[Watched]:
         watched = Watched()
@@ -98,7 +99,7 @@ def serve(environment: Environment, local: ProviderConfig) -> Serve:
                     tasks.cancel_scope.cancel()
             finally:
                 # A worker that is cancelled leaves its sandboxes to the next one.
-                for config in (providers or {"local": local}).values():
+                for config in (providers or {"local": local}).values() if clean_up else ():
                     await remove_sandboxes(config, environment)
 
     return serve

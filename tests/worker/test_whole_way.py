@@ -170,6 +170,27 @@ async def test_threads_work_side_by_side_each_in_its_own_shell(environment: Envi
         await environment.create_session(brain, message="go").wait_idle()
 
 
+async def test_another_worker_goes_on_where_one_that_died_was(serve: Serve, provider: ProviderConfig):
+    replies: list[str] = []
+
+    async def brain(agent: Agent) -> None:
+        await agent.call("bash", {"command": "X=kept"})
+        replies.append((await agent.call("bash", {"command": "echo ran >> log; sleep 3; cat log"})).text)
+        replies.append((await agent.call("bash", {"command": "echo $X; wc -l < log"})).text)
+
+    async with ControlPlane(lease_ttl=2.0) as plane:
+        environment = plane.create_environment()
+        async with serve({"p": provider}, environment=environment, clean_up=False) as first:
+            session = environment.create_session(brain, message="go")
+            await first.until("call.started", 2)
+            # The worker dies in the middle of the command, which takes 3 s.
+            await anyio.sleep(0.5)
+        async with serve({"p": provider}, environment=environment) as second:
+            await session.wait_idle(timeout=60)
+            assert second.named("sandbox.attached")
+    assert [text.split() for text in replies] == [["ran"], ["kept", "1"]]
+
+
 async def test_skills_of_the_agent_are_in_the_sandbox_before_its_first_call(
     plane: ControlPlane, environment: Environment, serve: Serve, provider: ProviderConfig
 ):
