@@ -24,6 +24,7 @@ __all__ = ["DockerSandbox", "remove"]
 
 logger = logging.getLogger("mabridge.providers.docker")
 
+_KILL_ATTEMPTS = 5
 _STOP = 30.0  # seconds for everything that stopping a command may take
 _REMOVE = 60.0
 _NOTICE = 3.0  # seconds until the engine has noticed that a container has ended
@@ -220,14 +221,15 @@ class DockerSandbox(Sandbox):
 
     async def _kill(self, marker: str, leader: int) -> bool:
         argv = _shell.kill_argv(marker, leader)
-        try:
-            with anyio.fail_after(_STOP / 3):
-                for _ in range(3):
+        with anyio.move_on_after(_STOP / 3):
+            for _ in range(_KILL_ATTEMPTS):
+                try:
                     if await self._run(argv, self._user, "exec") == 0:
                         return True
-                    await anyio.sleep(0.1)  # it had no process id left, and has made some free
-        except (SandboxUnavailable, DockerError, TimeoutError) as exc:
-            logger.warning("%s: killing a command failed: %s", self.id, exc)
+                except (SandboxUnavailable, DockerError) as exc:
+                    # Where no process id is left, even the engine cannot always start something.
+                    logger.warning("%s: killing a command failed: %s", self.id, exc)
+                await anyio.sleep(0.1)  # it had no process id left, and has made some free
         return False
 
 
