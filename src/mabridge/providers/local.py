@@ -6,6 +6,7 @@ contract, so everything built on a `Sandbox` can be tried without an engine or a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import getpass
 import json
@@ -271,8 +272,10 @@ def _remove(path: Path) -> None:
 def _remove_files(path: Path) -> None:
     for directory, names, _ in os.walk(path):
         for name in names:  # one that was made unreadable could not be emptied
-            if not os.path.islink(inner := os.path.join(directory, name)):
-                os.chmod(inner, stat.S_IRWXU)
+            inner = os.path.join(directory, name)
+            with contextlib.suppress(FileNotFoundError):  # another worker sweeps the same remains
+                if not os.path.islink(inner):
+                    os.chmod(inner, stat.S_IRWXU)
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():
         raise OSError(errno.EBUSY, "not all of it could be removed", str(path))
