@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
 from importlib import resources
-from itertools import count
 
 import anyio
 import pytest
 
 from mabridge.hands import CallResult, Hands
 from mabridge.sandbox import Sandbox
+from tests.hands.conftest import Shell
 
 pytestmark = pytest.mark.anyio
-
-_numbers = count()
-
-
-class ExecOnly:
-    """A sandbox that can hold no process open."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self.id = sandbox.id
-        self.workdir = sandbox.workdir
-        self.exec = sandbox.exec
-        self.read_file = sandbox.read_file
-
-
-class Shell:
-    """Runs commands, each under an id of its own."""
-
-    def __init__(self, hands: Hands) -> None:
-        self.hands = hands
-
-    async def __call__(self, command: str, *, timeout: float = 20.0, shell: str = "main") -> CallResult:
-        return await self.hands.run(f"call_{next(_numbers)}", command, shell=shell, timeout=timeout)
-
-    async def text(self, command: str, **options) -> str:
-        return (await self(command, **options)).head.decode().strip()
-
-
-@pytest.fixture(params=["channel", "exec"])
-def reached(request: pytest.FixtureRequest, sandbox: Sandbox) -> Sandbox:
-    return sandbox if request.param == "channel" else ExecOnly(sandbox)  # type: ignore[return-value]
-
-
-@pytest.fixture
-async def run(reached: Sandbox) -> AsyncIterator[Shell]:
-    async with Hands(reached) as hands:
-        yield Shell(hands)
 
 
 async def test_shell_keeps_directory_and_variables(run: Shell):
@@ -191,7 +154,7 @@ async def test_what_is_forgotten_leaves_the_journal_and_is_not_run_again(run: Sh
     await run.hands.forget("to_forget")
     await run("true")
     await run("true")
-    assert await run.text(f"ls {run.hands.directory}/calls | grep to_forget") == "to_forget.gone"
+    assert await run.text(f"(cd {run.hands.directory}; ls calls old | grep to_forget)") == "to_forget.out"
     again = await run.hands.run("to_forget", "echo x >> log", timeout=10)
     assert again.exit_code is None
     assert again.note

@@ -13,12 +13,13 @@ import anyio
 from mabridge.errors import SandboxUnavailable
 from mabridge.sandbox import Process, Sandbox, SupportsProcess
 
-__all__ = ["Channel", "Reply", "parse_reply"]
+__all__ = ["Channel", "Reply", "parse_reply", "parse_tail"]
 
 # An answer is 128 kB of output and a line. The sandbox is not trusted to keep to it.
 _MOST = 200_000
 _CLOSE_DEADLINE = 5.0
-_ENDING = re.compile(rb"(\d{1,9}) ([a-z]*) ?\.\n")
+_ENDING = re.compile(rb"(?:(\d{1,3}) )?([a-z]+) \.\n")
+_TAIL = re.compile(rb"(\d{1,18}) (\d{1,18}) \.\n")
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,25 @@ def parse_reply(data: bytes, nonce: str) -> Reply | None:
 
     It is the output, and then a line of its own that begins with the request's nonce, which no command can know.
     """
-    at = data.rfind(b"\n" + nonce.encode() + b" ")
-    if at < 0:
-        return None
-    line = data[at + len(nonce) + 2 :]
-    ending = _ENDING.fullmatch(line) or _RUNNING.fullmatch(line)
+    output, ending = _parse(data, nonce, _ENDING)
     if ending is None:
         return None
-    code = int(ending.group(1)) if ending.re is _ENDING else 0
-    return Reply(output=data[:at], code=code, how=ending.group(2).decode() if ending.re is _ENDING else "running")
+    return Reply(output=output, code=int(ending.group(1) or 0), how=ending.group(2).decode())
 
 
-_RUNNING = re.compile(rb"running \.\n")
+def parse_tail(data: bytes, nonce: str) -> tuple[bytes, int, int] | None:
+    """Return the end of an output, the bytes that its file holds, and those that were dropped from its middle."""
+    output, ending = _parse(data, nonce, _TAIL)
+    if ending is None:
+        return None
+    return output, int(ending.group(1)), int(ending.group(2))
+
+
+def _parse(data: bytes, nonce: str, pattern: re.Pattern[bytes]) -> tuple[bytes, re.Match[bytes] | None]:
+    at = data.rfind(b"\n" + nonce.encode() + b" ")
+    if at < 0:
+        return b"", None
+    return data[:at], pattern.fullmatch(data, at + len(nonce) + 2)
 
 
 class Channel:

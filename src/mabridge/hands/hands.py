@@ -20,13 +20,16 @@ from typing import Self
 import anyio
 
 from mabridge.errors import SandboxError, SandboxUnavailable
-from mabridge.hands.channel import Channel, Reply, parse_reply
+from mabridge.hands.channel import Channel, Reply, parse_reply, parse_tail
 from mabridge.identity import is_safe_id
-from mabridge.sandbox import Sandbox, SupportsProcess
+from mabridge.sandbox import ExecResult, Sandbox, SupportsProcess
 
 __all__ = ["CallResult", "Hands"]
 
 _log = logging.getLogger(__name__)
+
+# Where a journal is, and its token: one that was removed and made anew has another.
+_Journal = tuple[str, str]
 
 # What one answer carries of the output at most; it is HEAD in hands.sh.
 _ANSWER = 131_072
@@ -42,11 +45,18 @@ _FIRST_PAUSE = 0.2
 _INSTALL = """
 for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     d=$d/.mabridge-hands
-    { mkdir -p "$d/calls" "$d/shells" && [ -O "$d" ] && chmod 700 "$d" && : > "$d/$1.$2"; } 2>/dev/null || continue
+    { mkdir -p "$d/calls" "$d/shells" "$d/old" && [ -O "$d" ] && chmod 700 "$d" && : > "$d/$1.$2"; } 2>/dev/null || continue
     (set -C && echo "$2" > "$d/token") 2>/dev/null
-    cat > "$d/$1.$2" && mv -f "$d/$1.$2" "$d/$1" || exit 1
+    { echo "$4" > "$d/most"; } 2>/dev/null
+    if [ -s "$d/$1" ]; then
+        rm -f "$d/$1.$2"
+    else
+        cat > "$d/$1.$2" || { rm -f "$d/reserve" && cat > "$d/$1.$2"; } || { rm -f "$d/$1.$2"; continue; }
+        mv -f "$d/$1.$2" "$d/$1" || exit 1
+    fi
     sh "$d/$1" start "$3" || exit 1
     echo "$d"
+    cat "$d/token"
     exit 0
 done
 exit 73
@@ -65,6 +75,7 @@ class CallResult:
         path: the file in the sandbox that has the whole output, if it is a long one.
         timed_out: it was killed because its time had passed.
         interrupted: it was killed by `Hands.interrupt`.
+        dropped: bytes that were cut out of the middle of a very long output, and are in no file.
         note: what the agent has to be told of its shell, if anything.
     """
 
@@ -73,6 +84,7 @@ class CallResult:
     tail: bytes = b""
     size: int = 0
     path: str | None = None
+    dropped: int = 0
     timed_out: bool = False
     interrupted: bool = False
     note: str | None = None
@@ -82,13 +94,21 @@ class Hands:
     """The shells of one session in its sandbox. An async context manager.
 
     Leaving it closes the connections. The shells, and what runs in them, live on.
+
+    Args:
+        sandbox: where they are.
+        max_output: bytes that the output of one call may take on the sandbox's disk, of background jobs too. Looked
+            at once a second; of what is more, the middle is dropped. Less if the disk is nearly full.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox, *, max_output: int = 2 * 1024**3) -> None:
         self._sandbox = sandbox
-        self._channels: dict[str, Channel] = {}
+        self._max_output = max_output
+        self._channels: dict[str, tuple[_Journal, Channel]] = {}
         self._locks: dict[str, anyio.Lock] = {}
         self._to_forget: list[str] = []
+        self._large: set[str] = set()
+        self._journal: _Journal = ("", "")
         self.directory = ""
         """Absolute path, in the sandbox, of the journal."""
 
@@ -124,12 +144,15 @@ class Hands:
         lock = self._locks.setdefault(shell, anyio.Lock())
         async with lock:
             reply: Reply | None = None
+            journal = self._journal
             with anyio.move_on_after(timeout):
-                reply = await self._submit(call, command, shell)
+                reply = await self._submit(call, command, shell, journal)
             if reply is None:
                 await self._kill(call, "timeout")
-                with anyio.fail_after(_KILL_DEADLINE):
-                    reply = await self._submit(call, command, shell)
+                with anyio.move_on_after(_KILL_DEADLINE):
+                    reply = await self._submit(call, command, shell, journal)
+            if reply is None:
+                raise self._unavailable("run", "a command was killed because its time had passed, and has not ended")
             return await self._result(call, reply)
 
     async def interrupt(self, call_id: str) -> None:
@@ -150,12 +173,30 @@ class Hands:
 
     async def forget(self, call_id: str) -> None:
         """Drop what is kept of a call whose result was accepted, with the next call."""
-        self._to_forget.append(_file_name(call_id))
+        call = _file_name(call_id)
+        # The agent was told where a large output is. hands.sh keeps some of those.
+        self._to_forget.append(f"+{call}" if call in self._large else call)
+        self._large.discard(call)
 
-    async def _submit(self, call: str, command: str, shell: str) -> Reply:
-        """Submit a call, or ask for it again, until there is an answer."""
+    def note_path(self, call_id: str) -> str:
+        """Return the path, in the sandbox, of the file in which another tool notes that it has done a call.
+
+        `forget` removes it. Empty where no hands were put in.
+        """
+        return f"{self.directory}/calls/{_file_name(call_id)}.note" if self.directory else ""
+
+    async def _submit(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
+        """Submit a call, or ask for it again, until there is an answer. `journal` is the one that may know of it."""
+        reply = await self._ask(call, command, shell, journal)
+        # Where the disk was full, the first refusal has made a little space: enough for a command that empties it.
+        return await self._ask(call, command, shell, journal) if reply.how == "full" else reply
+
+    async def _ask(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
         pause = _FIRST_PAUSE
         for attempt in range(_ATTEMPTS):
+            if self._journal != journal:
+                # A fresh journal would have the command run, and perhaps that had happened.
+                return Reply(output=b"", code=0, how="unknown")
             try:
                 if isinstance(self._sandbox, SupportsProcess) and len(command) <= _LINES_LIMIT:
                     return await self._over_channel(call, command, shell)
@@ -166,13 +207,15 @@ class Hands:
                 _log.info("sandbox %s: asking again for call %s: %s", self._sandbox.id, call, error)
                 await anyio.sleep(pause)
                 pause *= 2
+                await self._install(shell)
         raise AssertionError("the last attempt returns or raises")
 
     async def _over_channel(self, call: str, command: str, shell: str) -> Reply:
-        channel = self._channels.get(shell)
-        if channel is None:
+        opened, channel = self._channels.get(shell, (None, None))
+        if channel is None or opened != self._journal:
+            await self._drop_channel(shell)
             channel = await Channel.open(self._sandbox, [*self._argv, "channel", shell])
-            self._channels[shell] = channel
+            self._channels[shell] = (self._journal, channel)
         done = False
         try:
             reply = await channel.ask(call, command, self._next_to_forget())
@@ -198,12 +241,7 @@ class Hands:
             )
             reply = parse_reply(result.stdout, nonce)
             if reply is None:
-                raise SandboxUnavailable(
-                    f"the hands in the sandbox did not answer (exit code {result.exit_code})",
-                    provider="hands",
-                    op="run",
-                    sandbox_id=self._sandbox.id,
-                )
+                raise self._unavailable("run", f"the shell there did not answer (exit code {result.exit_code})")
             if reply.how != "running":
                 return reply
 
@@ -211,22 +249,38 @@ class Hands:
         code = reply.code
         if reply.how == "forgotten":
             return CallResult(exit_code=None, note="this call was answered before, and its result is not kept any more")
+        if reply.how == "unknown":
+            return CallResult(
+                exit_code=None,
+                note="what the shell keeps of its commands was removed, so it is not known how this one ended; "
+                "the shell was started anew",
+            )
+        if reply.how == "full":
+            return CallResult(
+                exit_code=None,
+                note=f"the command was not run: there is no space left on the disk that {self.directory} is on",
+            )
         ended_by_us = reply.how in ("timeout", "interrupt")
         note = None
         if reply.how == "died":
             note = f"the shell ended with this command (exit code {code}) and was started again where it was"
         elif reply.how == "lost":
             note = "the shell was killed from outside and was started again"
-        head, tail, size = self._tidy(call, reply.output), b"", len(reply.output)
+        head, tail, size, dropped = self._tidy(call, reply.output), b"", len(reply.output), 0
         if size >= _ANSWER:
             head = head[:_PART]
-            tail, size = await self._tail(call)
+            tail, size, dropped = await self._tail(call)
+        path = None
+        if size > _PART:
+            path = f"{self.directory}/calls/{call}.out"
+            self._large.add(call)
         return CallResult(
             exit_code=None if ended_by_us else code,
             head=head,
             tail=self._tidy(call, tail),
-            size=size if tail else len(head),
-            path=f"{self.directory}/calls/{call}.out" if size > _PART else None,
+            size=size + dropped if tail else len(head),
+            path=path,
+            dropped=dropped,
             timed_out=reply.how == "timeout",
             interrupted=reply.how == "interrupt",
             note=note,
@@ -239,37 +293,64 @@ class Hands:
         script = ours + b"/calls/" + call.encode() + rb"\.cmd\.[0-9a-f]{16}"
         return re.sub(b"(?:" + program + b": )?" + script + b"|" + program, b"bash", output)
 
-    async def _tail(self, call: str) -> tuple[bytes, int]:
+    async def _tail(self, call: str) -> tuple[bytes, int, int]:
         nonce = secrets.token_hex(8)
         output = await self._script("tail", nonce, call, str(_PART), max_output=_PART + 1024)
-        reply = parse_reply(output, nonce)
-        if reply is None:
-            return b"", _ANSWER
-        return reply.output, reply.code
+        return parse_tail(output, nonce) or (b"", _ANSWER, 0)
 
     async def _kill(self, call: str, why: str) -> None:
+        """Kill a call. What keeps the sandbox from starting anything, such as a fork bomb, may need some attempts."""
+        problem = "it did not answer"
         with anyio.move_on_after(_KILL_DEADLINE):
-            await self._script("kill", call, why)
+            while True:
+                try:
+                    result = await self._run_script("kill", call, why)
+                except SandboxUnavailable as error:
+                    problem = str(error)
+                else:
+                    if result.exit_code == 0:
+                        return
+                    problem = result.stderr.decode("utf-8", "replace").strip()[:300] or f"exit code {result.exit_code}"
+                await anyio.sleep(_FIRST_PAUSE)
+                if await self._is_gone():
+                    # All that was known of the call, and the program too: what runs of it cannot be found.
+                    await self._install("main")
+                    return
+        raise self._unavailable("kill", f"a command could not be killed: {problem}")
+
+    async def _is_gone(self) -> bool:
+        try:
+            argv = ["/bin/sh", "-c", '[ -e "$1" ]', "hands", f"{self.directory}/{_program_name()}"]
+            result = await self._sandbox.exec(argv, timeout=_EXEC_SLACK, max_output=1024)
+        except SandboxUnavailable:
+            return False
+        return result.exit_code == 1
 
     async def _script(self, *arguments: str, max_output: int = 1024) -> bytes:
-        result = await self._sandbox.exec(
+        return (await self._run_script(*arguments, max_output=max_output)).stdout
+
+    async def _run_script(self, *arguments: str, max_output: int = 1024) -> ExecResult:
+        return await self._sandbox.exec(
             [*self._argv, *arguments], timeout=_KILL_DEADLINE + _EXEC_SLACK, max_output=max_output
         )
-        return result.stdout
+
+    def _unavailable(self, op: str, message: str) -> SandboxUnavailable:
+        return SandboxUnavailable(message, provider="hands", op=op, sandbox_id=self._sandbox.id)
 
     @property
     def _argv(self) -> list[str]:
         return ["/bin/sh", f"{self.directory}/{_program_name()}"]
 
     async def _install(self, shell: str) -> None:
+        """Put the program and a journal there, if they are not, and start a shell."""
         result = await self._sandbox.exec(
-            ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), secrets.token_hex(4), shell],
+            ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), secrets.token_hex(4), shell, str(self._max_output)],
             stdin=_program(),
             timeout=_EXEC_SLACK,
             max_output=4096,
         )
-        directory = result.stdout.decode("utf-8", "replace").strip()
-        if result.exit_code != 0 or not directory.startswith("/") or "\n" in directory:
+        directory, _, token = result.stdout.decode("utf-8", "replace").strip().partition("\n")
+        if result.exit_code != 0 or not directory.startswith("/"):
             why = result.stderr.decode("utf-8", "replace").strip()[:300]
             hint = "no directory to write in: /tmp, /var/tmp, /dev/shm and the working directory refuse"
             raise SandboxError(
@@ -278,10 +359,10 @@ class Hands:
                 op="start",
                 sandbox_id=self._sandbox.id,
             )
-        self.directory = directory
+        self.directory, self._journal = directory, (directory, token)
 
     async def _drop_channel(self, shell: str) -> None:
-        channel = self._channels.pop(shell, None)
+        _, channel = self._channels.pop(shell, (None, None))
         if channel is not None:
             await channel.aclose()
 

@@ -5,11 +5,16 @@
 #   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG: which of them counts
 #   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
 #   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    a FIFO to poke at its end
-#   calls/ID.why       why somebody killed it                     calls/ID.gone     all was forgotten but that it was
+#   calls/ID.why       why somebody killed it                     calls/ID.end.N    the status, where the disk is full
+#   calls/ID.dropped   bytes cut out of an output too long        old/ID.out        all was forgotten but that it was
 #   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
 #   shells/NAME/state.0, state.1    what survives the shell; shells/NAME/state tells which of the two is whole
 #
 #   token              tells the marks of this sandbox's processes from another's, where they share a machine
+#   reserve            some space, given up when the disk is full, so that a command can still be taken to empty it
+#   watcher, asleep, poke    the process that bounds what outputs take on the disk, and how it is woken
+#   most               bytes that one output may take
+#   kept               ids of the large outputs that are kept though their results were accepted
 #
 # A shell is two processes: the inner one runs the commands, and the keeper starts it again whenever it has ended.
 # The hot path forks nothing but the command: what looks clumsy below is done with builtins for that.
@@ -45,12 +50,18 @@ is_done() {
     status=''
     { IFS= read -r status < "$C/$1.status"; } 2>/dev/null
     case $status in *.) return 0 ;; esac
-    [ -e "$C/$1.gone" ] && status='0 forgotten .'
+    [ -e "$D/old/$1.out" ] && status='0 forgotten .' && return 0
+    [ -e "$C/$1.status" ] || return 1
+    # No space for a line: then there is a file of no bytes, with the exit code in its name.
+    for file in "$C/$1".end.*; do
+        [ -e "$file" ] && status="${file##*.} end ." && return 0
+    done
+    return 1
 }
 
 # Write the status of a call, and poke whoever waits for it. Opened for reading too, a FIFO never blocks.
 settle() {
-    printf '%s %s .\n' "$2" "$3" >| "$C/$1.status"
+    { printf '%s %s .\n' "$2" "$3" >| "$C/$1.status"; } 2>/dev/null || printf '' >| "$C/$1.end.$2"
     reply=''
     { IFS= read -r reply < "$C/$1.reply"; } 2>/dev/null
     # shellcheck disable=SC2094 # it is a FIFO
@@ -105,6 +116,7 @@ keep() {
     trap : HUP INT TERM
     lives && return 0
     exec 3<> "$S/in"
+    [ "$1" != main ] || runs "$D/watcher" || start_watcher
     look $$ || since=0
     set -C
     { printf '%s %s\n' $$ "$since" > "$S/keeper.$((generation + 1))"; } 2>/dev/null || return 0
@@ -133,16 +145,78 @@ keep() {
     done
 }
 
+start_watcher() {
+    set -- sh
+    if command -v bash > /dev/null 2>&1; then set -- bash; fi
+    (exec "$1" "$0" watch < /dev/null > /dev/null 2>&1 3<&-) &
+}
+
+# Bound what outputs take on the disk. It sleeps until a shell is given work, for it costs two forks a second.
+watch() {
+    [ -p "$D/poke" ] || mkfifo "$D/poke" || return 1
+    exec 5<> "$D/poke"
+    look $$ || since=0
+    printf '%s %s\n' $$ "$since" >| "$D/watcher"
+    while [ -d "$C" ]; do
+        # Nobody would wake it where there is no space to say that it sleeps.
+        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null; then
+            # shellcheck disable=SC3045 # bash and busybox look once a minute for what a background job still writes
+            case ${BASH_VERSION-}$TIMED in '') read -r _ <&5 ;; *) read -r -t 60 _ <&5 ;; esac
+        fi
+        busy=1
+        while [ "$busy" = 1 ]; do
+            printf '' >| "$D/stamp"
+            sleep 1
+            { IFS= read -r most < "$D/most"; } 2>/dev/null || return 0
+            most=$((most / 512))
+            # shellcheck disable=SC2046 # words are what is wanted
+            set -- $(df -Pk "$D" 2>/dev/null | tail -n 1)
+            case ${4-} in '' | *[!0-9]*) ;; *) [ "$4" -ge 65536 ] || most=$((KEPT * 4 / 512)) ;; esac
+            find "$C" "$D/old" -name '*.out' -size "+$most" 2>/dev/null | while IFS= read -r file; do cut_out "$file"; done
+            busy=0
+            for file in "$D"/shells/*/current; do [ ! -s "$file" ] || busy=1; done
+            [ "$busy" = 1 ] || [ -z "$(find "$C" "$D/old" -name '*.out' -size +1 -newer "$D/stamp" 2>/dev/null)" ] || busy=1
+        done
+    done
+}
+
+# Cut an output to its beginning. What writes to it does so at its end (O_APPEND), wherever that is now.
+cut_out() {
+    case $1 in "$D"/old/*)
+        printf '' >| "$1"
+        return
+        ;;
+    esac
+    size=$(wc -c < "$1") && dd if=/dev/null of="$1" bs="$KEPT" seek=1 2>/dev/null || return 0
+    dropped=0
+    { IFS= read -r dropped < "${1%.out}.dropped"; } 2>/dev/null
+    printf '%s\n' $((${dropped:-0} + size - KEPT)) >| "${1%.out}.dropped"
+}
+
 # Say which of the commands that were submitted for a call is the one. The first stands: $1 id, $2 tag.
 publish() {
     set -C
     { printf '%s\n' "$2" > "$C/$1.ready"; } 2>/dev/null
     set +C
+    [ -s "$C/$1.ready" ] && return 0
+    rm -f "$C/$1.ready"
+    return 1
+}
+
+# There is no space for a request. It is refused once, for the space to be made, and may be made again.
+full() {
+    rm -f "$D/reserve" "$C/$1.cmd.$2"
+    printf '\n%s full .\n' "$2"
+}
+
+reserve() {
+    [ -s "$D/reserve" ] && return 0
+    dd if=/dev/zero of="$D/reserve" bs=65536 count=4 2>/dev/null || rm -f "$D/reserve"
 }
 
 begin_first() {
     set -C
-    { printf '0 0 0\n' > "$C/$1.begun"; } 2>/dev/null
+    { printf '' > "$C/$1.begun"; } 2>/dev/null
     won=$?
     set +C
     return $won
@@ -152,7 +226,10 @@ begin_first() {
 # the call, for a subshell of the shell itself carries no mark. The call began at tick $3 of the clock, which ticks a
 # hundred times a second, and after the background job $4.
 find_processes() {
+    # Where the shell is not known, there is only the mark to go by: below process 0 is every process of the machine.
     found=' ' below=" $2 " grew=1
+    [ "$2" -gt 1 ] || grew=0
+    [ -n "$token" ] || return 0
     # shellcheck disable=SC2013 # words are what is wanted
     for f in $(grep -ls "MABRIDGE_CALL=$1\\.$token\\." /proc/[0-9]*/environ 2>/dev/null); do
         f=${f#/proc/}
@@ -174,6 +251,7 @@ find_processes() {
 }
 
 kill_call() {
+    [ -d "$C" ] || return 0
     is_done "$1" && return 0
     token=''
     { IFS= read -r token < "$D/token"; } 2>/dev/null
@@ -182,11 +260,20 @@ kill_call() {
         settle "$1" 130 "$2"
         return 0
     fi
-    up='' inner=0 job=0
-    { IFS=' ' read -r up inner job < "$C/$1.begun"; } 2>/dev/null
+    up='' shell='' job=''
+    { IFS=' ' read -r up shell job < "$C/$1.begun"; } 2>/dev/null
     ticks=${up%.*}${up#*.}
+    case $ticks$job in *[!0-9]*) ticks='' job='' ;; esac
+    # The shell that has it: a process is only taken for one where its start is the one on record.
+    inner=0
+    for file in "$D"/shells/*/inner; do
+        runs "$file" || continue
+        id=''
+        { IFS= read -r id < "${file%inner}current"; } 2>/dev/null
+        if [ "$pid" = "$shell" ] || { [ -z "$shell" ] && [ "$id" = "$1" ]; }; then inner=$pid; fi
+    done
     # A line that goes on after its command was killed would start the next one.
-    [ "$inner" -gt 0 ] && kill -STOP "$inner" 2>/dev/null
+    [ "$inner" -eq 0 ] || kill -STOP "$inner" 2>/dev/null
     pass=0
     while [ "$pass" -lt 20 ]; do
         pass=$((pass + 1))
@@ -198,9 +285,9 @@ kill_call() {
         # shellcheck disable=SC2086
         kill -9 $found 2>/dev/null
     done
-    [ "$inner" -gt 0 ] && kill -9 "$inner" 2>/dev/null
+    [ "$inner" -eq 0 ] || kill -9 "$inner" 2>/dev/null
     tries=0
-    until is_done "$1"; do
+    until is_done "$1" || [ ! -d "$C" ]; do
         tries=$((tries + 1))
         # Its keeper is gone too, and nobody else will say how it ended.
         [ "$tries" -le 20 ] || settle "$1" 137 "$2"
@@ -211,38 +298,78 @@ kill_call() {
 answer() {
     [ ! -s "$C/$2.out" ] || head -c "$HEAD" "$C/$2.out"
     printf '\n%s %s\n' "$1" "$status"
+    reserve
 }
 
-# What is left of a call is that it was: an empty file.
+# What is left of a call is that it was: an empty file. It is the output's own, for a background job may still write to
+# that, and a file that was removed could not be bounded.
 forget() {
     for id in "$@"; do
-        : >| "$C/$id.gone"
-        rm -f "$C/$id".[!g]*
+        case $id in +*) keep_output "${id#+}" && continue ;; esac
+        id=${id#+}
+        [ ! -e "$C/$id.out" ] || mv -f "$C/$id.out" "$D/old/" || continue
+        printf '' >| "$D/old/$id.out"
+        rm -f "$C/$id".*
     done
 }
 
+# The agent was told where a large output is: it stays, until there are sixteen newer ones.
+keep_output() {
+    printf '' >| "$D/old/$1.out"
+    rm -f "$C/$1".[!o]*
+    kept='' count=0
+    while IFS= read -r line; do
+        kept="$kept$line " count=$((count + 1))
+    done < "$D/kept"
+    [ "$count" -lt 16 ] || {
+        mv -f "$C/${kept%% *}.out" "$D/old/" && printf '' >| "$D/old/${kept%% *}.out"
+        kept=${kept#* }
+    }
+    IFS=' '
+    # shellcheck disable=SC2086 # a list of ids
+    printf '%s\n' $kept "$1" >| "$D/kept"
+} 2>/dev/null
+
+# Bytes of an output that one answer carries, and of what is left of one that took too much of the disk.
 HEAD=131072
+KEPT=1048576
 case ${1-} in
 start) start "$2" ;;
 keep) keep "$2" ;;
-kill) kill_call "$2" "$3" ;;
+watch)
+    TIMED=$(sh -c 'read -t 0 _ < /dev/null; echo "$?"' 2>/dev/null)
+    case $TIMED in [01]) ;; *) TIMED='' ;; esac
+    watch
+    ;;
+kill)
+    kill_call "$2" "$3"
+    exit 0
+    ;;
 restart)
     begin_first "$2" || exit 0
     start "$3" || exit 1
+    # Stopped first, for it may be about to write its state; killed last, for the next one reads it at once.
+    inner=''
+    if runs "$S/inner"; then inner=$pid && kill -STOP "$inner"; fi
     : >| "$S/state"
-    if runs "$S/inner"; then kill -9 "$pid"; fi
+    [ -z "$inner" ] || kill -9 "$inner"
     settle "$2" 0 end
     ;;
 tail)
     # $2 nonce, $3 id, $4 bytes
     size=$(wc -c < "$C/$3.out")
     tail -c "$4" "$C/$3.out"
-    printf '\n%s %s .\n' "$2" $((size))
+    dropped=0
+    { IFS= read -r dropped < "$C/$3.dropped"; } 2>/dev/null
+    printf '\n%s %s %s .\n' "$2" $((size)) "$((dropped))"
     ;;
 once)
     # One round trip: $2 nonce, $3 id, $4 shell, $5 seconds at most, and ids to forget. The command is on stdin.
-    cat >| "$C/$3.cmd.$2"
-    publish "$3" "$2"
+    [ -d "$C" ] || exit 1
+    if ! { cat >| "$C/$3.cmd.$2" && publish "$3" "$2"; } 2>/dev/null; then
+        full "$3" "$2"
+        exit 0
+    fi
     if ! is_done "$3"; then
         start "$4" || exit 1
         # shellcheck disable=SC2094 # it is a FIFO
@@ -250,6 +377,7 @@ once)
         IFS='. ' read -r now _ < /proc/uptime
         until=$((now + $5))
         until is_done "$3"; do
+            [ -d "$C" ] || exit 1
             if [ "$now" -ge "$until" ]; then
                 printf '\n%s running .\n' "$2"
                 exit 0
@@ -271,18 +399,30 @@ channel)
     trap 'rm -f "$R"' EXIT
     exec 4<> "$R"
     while IFS=' ' read -r nonce id lines drop; do
+        [ -d "$C" ] || exit 1
+        # Whatever can be written, the lines have to be read.
+        file=$C/$id.cmd.$nonce
+        { printf '' >| "$file"; } 2>/dev/null || file=/dev/null
+        ok=1
         while [ "$lines" -gt 0 ] && IFS= read -r line; do
-            printf '%s\n' "$line"
+            { printf '%s\n' "$line" || ok=''; } 2>/dev/null
             lines=$((lines - 1))
-        done >| "$C/$id.cmd.$nonce"
-        publish "$id" "$nonce"
-        printf '%s\n' "$R" >| "$C/$id.reply"
+        done >| "$file"
+        [ "$file" != /dev/null ] && [ -n "$ok" ] && publish "$id" "$nonce" || ok=''
+        { [ -n "$ok" ] && printf '%s\n' "$R" >| "$C/$id.reply"; } 2>/dev/null || ok=''
+        if [ -z "$ok" ]; then
+            full "$id" "$nonce"
+            continue
+        fi
         if ! is_done "$id"; then
             start "$2" || exit 1
             # shellcheck disable=SC2094 # it is a FIFO
             [ -e "$C/$id.begun" ] || printf '%s\n' "$id" 1<> "$S/in"
             # A poke may come for an earlier call: what counts is the status, looked at again after each.
-            until is_done "$id"; do IFS= read -r _ <&4; done
+            until is_done "$id"; do
+                [ -d "$C" ] || exit 1
+                IFS= read -r _ <&4
+            done
         fi
         answer "$nonce" "$id"
         IFS=' '
@@ -293,15 +433,17 @@ channel)
 inner)
     # From here on, this is the agent's own shell: no function around its commands, or their variables would be local.
     # Only names with __mab_ are ours, and `command` keeps the agent's functions out of our way.
+    __mab_D=$D
     __mab_S=$D/shells/$2
     __mab_C=$C
     __mab_next=0
     look $$ || since=0
     printf '%s %s\n' $$ "$since" >| "$__mab_S/inner"
-    unset -f runs is_done settle pause start lives keep publish begin_first find_processes kill_call answer forget look
+    unset -f runs is_done settle pause start lives keep publish begin_first find_processes kill_call answer forget look \
+        start_watcher watch cut_out full reserve keep_output
     { IFS= read -r __mab_token < "$D/token"; } 2>/dev/null || __mab_token=
     { IFS= read -r __mab_whole < "$__mab_S/state"; } 2>/dev/null || __mab_whole=
-    unset D C HEAD generation line state ppid since pid began status MAB_EXEC
+    unset D C HEAD KEPT generation line state ppid since pid began status MAB_EXEC
     if [ -n "$__mab_whole" ]; then
         { IFS= read -r __mab_dir < "$__mab_S/dir.$__mab_whole"; } 2>/dev/null || __mab_dir=/
         # shellcheck disable=SC1090 # what the last shell left; read-only variables refuse, which is as well
@@ -324,21 +466,28 @@ inner)
     trap __mab_snapshot EXIT
     while IFS= command read -r __mab_id <&3; do
         { IFS=' ' command read -r __mab_up __mab_rest < /proc/uptime; } 2>/dev/null || __mab_up=0
-        command printf '%s\n' "$__mab_id" >| "$__mab_S/current"
+        { command printf '%s\n' "$__mab_id" >| "$__mab_S/current"; } 2>/dev/null || :
+        if [ -s "$__mab_D/asleep" ]; then
+            command printf '' >| "$__mab_D/asleep"
+            # shellcheck disable=SC2094 # it is a FIFO
+            if [ -p "$__mab_D/poke" ]; then command printf '.\n' 1<> "$__mab_D/poke"; fi
+        fi
         case $- in *C*) __mab_rest=-C ;; *) __mab_rest=+C ;; esac
         set -C
-        { command printf '%s %s %s\n' "$__mab_up" $$ "${!:-0}" > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
+        { command printf '' > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
         set "$__mab_rest"
         [ -n "$__mab_id" ] || continue
+        { command printf '%s %s %s\n' "$__mab_up" $$ "${!:-0}" >| "$__mab_C/$__mab_id.begun"; } 2>/dev/null || :
         __mab_tag=
         { IFS= command read -r __mab_tag < "$__mab_C/$__mab_id.ready"; } 2>/dev/null || :
         MABRIDGE_CALL=$__mab_id.$__mab_token.
         export MABRIDGE_CALL
         # Not in a condition, where `set -e` would not count.
         # shellcheck disable=SC1090 # the agent's command
-        . "$__mab_C/$__mab_id.cmd.$__mab_tag" < /dev/null > "$__mab_C/$__mab_id.out" 2>&1 3<&-
+        . "$__mab_C/$__mab_id.cmd.$__mab_tag" < /dev/null >> "$__mab_C/$__mab_id.out" 2>&1 3<&-
         __mab_code=$?
-        command printf '%s end .\n' "$__mab_code" >| "$__mab_C/$__mab_id.status"
+        { command printf '%s end .\n' "$__mab_code" >| "$__mab_C/$__mab_id.status"; } 2>/dev/null \
+            || command printf '' >| "$__mab_C/$__mab_id.end.$__mab_code"
         __mab_reply=
         { IFS= command read -r __mab_reply < "$__mab_C/$__mab_id.reply"; } 2>/dev/null || :
         # shellcheck disable=SC2094 # it is a FIFO

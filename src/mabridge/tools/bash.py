@@ -97,7 +97,10 @@ class BashTool:
             # A character that was cut in two is left out on both sides.
             first = _clean(codecs.getincrementaldecoder("utf-8")("replace").decode(head))
             last = _clean(_from_whole_character(tail).decode("utf-8", "replace")).rstrip("\n")
-        where = f"; the whole output is in {result.path}" if result.path else ""
+        where = ""
+        if result.path:
+            kept = f"all but {result.dropped} bytes of it" if result.dropped else "the whole output"
+            where = f"; {kept} is in {result.path}"
         middle = f"[... this is the beginning and the end of {result.size} bytes of output{where} ...]"
         return f"{first[: most // 2]}\n{middle}\n{last[-(most // 2) :]}"
 
