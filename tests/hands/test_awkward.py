@@ -7,7 +7,6 @@ import re
 import anyio
 import pytest
 
-from mabridge.sandbox import Sandbox
 from tests.hands.conftest import Shell
 
 pytestmark = pytest.mark.anyio

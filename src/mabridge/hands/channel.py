@@ -17,6 +17,7 @@ __all__ = ["Channel", "Reply", "parse_reply", "parse_tail"]
 
 # An answer is 128 kB of output and a line. The sandbox is not trusted to keep to it.
 _MOST = 200_000
+_GREETING = 4096
 _CLOSE_DEADLINE = 5.0
 _ENDING = re.compile(rb"(?:(\d{1,3}) )?([a-z]+) \.\n")
 _TAIL = re.compile(rb"(\d{1,18}) (\d{1,18}) \.\n")
@@ -73,6 +74,27 @@ class Channel:
         """
         assert isinstance(sandbox, SupportsProcess)
         return cls(await sandbox.open_process(argv), sandbox.id)
+
+    async def greeting(self) -> tuple[str, str]:
+        """Return the journal's directory and its token: two lines, the first that come.
+
+        Raises:
+            SandboxUnavailable: something else came, or nothing.
+        """
+        lines = bytearray()
+        while lines.count(b"\n") < 2:
+            data = await self._process.receive()
+            lines += data
+            if not data or len(lines) > _GREETING:
+                raise SandboxUnavailable(
+                    "the shell there did not start", provider="hands", op="start", sandbox_id=self._sandbox_id
+                )
+        directory, token, rest = lines.decode("utf-8", "replace").split("\n")
+        if rest or not directory.startswith("/"):
+            raise SandboxUnavailable(
+                "the shell there made no sense", provider="hands", op="start", sandbox_id=self._sandbox_id
+            )
+        return directory, token
 
     async def ask(self, call: str, command: str, forget: Sequence[str]) -> Reply:
         """Submit a call and return its answer, however long that takes.

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 # Where a journal is, and its token: one that was removed and made anew has another.
 _Journal = tuple[str, str]
 
+_UNKNOWN = Reply(output=b"", code=0, how="unknown")
+
 # What one answer carries of the output at most; it is HEAD in hands.sh.
 _ANSWER = 131_072
 _PART = 49_152
@@ -45,19 +47,20 @@ _FIRST_PAUSE = 0.2
 _INSTALL = """
 for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     d=$d/.mabridge-hands
-    { mkdir -p "$d/calls" "$d/shells" "$d/old" && [ -O "$d" ] && chmod 700 "$d" && : > "$d/$1.$2"; } 2>/dev/null || continue
+    { mkdir -p "$d/calls" "$d/shells" "$d/old" && [ -O "$d" ] && chmod 700 "$d"; } 2>/dev/null || continue
+    { printf '' > "$d/$1.$2"; } 2>/dev/null || continue
     (set -C && echo "$2" > "$d/token") 2>/dev/null
     { echo "$4" > "$d/most"; } 2>/dev/null
     if [ -s "$d/$1" ]; then
         rm -f "$d/$1.$2"
     else
-        cat > "$d/$1.$2" || { rm -f "$d/reserve" && cat > "$d/$1.$2"; } || { rm -f "$d/$1.$2"; continue; }
+        printf %s "$5" > "$d/$1.$2" || { rm -f "$d/reserve" && printf %s "$5" > "$d/$1.$2"; } \
+            || { rm -f "$d/$1.$2"; continue; }
         mv -f "$d/$1.$2" "$d/$1" || exit 1
     fi
-    sh "$d/$1" start "$3" || exit 1
-    echo "$d"
-    cat "$d/token"
-    exit 0
+    read -r token < "$d/token"
+    printf '%s\n%s\n' "$d" "$token"
+    exec sh "$d/$1" "$6" "$3"
 done
 exit 73
 """
@@ -118,6 +121,13 @@ class Hands:
         Raises:
             SandboxError: they could not be; the sandbox has no place to write, or no shell.
         """
+        if isinstance(self._sandbox, SupportsProcess):
+            try:
+                await self._open_channel("main")
+            except SandboxUnavailable as error:
+                _log.info("sandbox %s: %s", self._sandbox.id, error)
+            else:
+                return self
         await self._install("main")
         return self
 
@@ -196,10 +206,10 @@ class Hands:
         for attempt in range(_ATTEMPTS):
             if self._journal != journal:
                 # A fresh journal would have the command run, and perhaps that had happened.
-                return Reply(output=b"", code=0, how="unknown")
+                return _UNKNOWN
             try:
                 if isinstance(self._sandbox, SupportsProcess) and len(command) <= _LINES_LIMIT:
-                    return await self._over_channel(call, command, shell)
+                    return await self._over_channel(call, command, shell, journal)
                 return await self._over_exec(call, command, shell)
             except SandboxUnavailable as error:
                 if attempt == _ATTEMPTS - 1:
@@ -210,12 +220,12 @@ class Hands:
                 await self._install(shell)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _over_channel(self, call: str, command: str, shell: str) -> Reply:
+    async def _over_channel(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
         opened, channel = self._channels.get(shell, (None, None))
         if channel is None or opened != self._journal:
-            await self._drop_channel(shell)
-            channel = await Channel.open(self._sandbox, [*self._argv, "channel", shell])
-            self._channels[shell] = (self._journal, channel)
+            channel = await self._open_channel(shell)
+            if self._journal != journal:
+                return _UNKNOWN
         done = False
         try:
             reply = await channel.ask(call, command, self._next_to_forget())
@@ -343,14 +353,9 @@ class Hands:
 
     async def _install(self, shell: str) -> None:
         """Put the program and a journal there, if they are not, and start a shell."""
-        result = await self._sandbox.exec(
-            ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), secrets.token_hex(4), shell, str(self._max_output)],
-            stdin=_program(),
-            timeout=_EXEC_SLACK,
-            max_output=4096,
-        )
-        directory, _, token = result.stdout.decode("utf-8", "replace").strip().partition("\n")
-        if result.exit_code != 0 or not directory.startswith("/"):
+        result = await self._sandbox.exec(self._install_argv(shell, "start"), timeout=_EXEC_SLACK, max_output=4096)
+        lines = result.stdout.decode("utf-8", "replace").splitlines()
+        if result.exit_code != 0 or len(lines) != 2 or not lines[0].startswith("/"):
             why = result.stderr.decode("utf-8", "replace").strip()[:300]
             hint = "no directory to write in: /tmp, /var/tmp, /dev/shm and the working directory refuse"
             raise SandboxError(
@@ -359,7 +364,29 @@ class Hands:
                 op="start",
                 sandbox_id=self._sandbox.id,
             )
-        self.directory, self._journal = directory, (directory, token)
+        self.directory, self._journal = lines[0], (lines[0], lines[1])
+
+    async def _open_channel(self, shell: str) -> Channel:
+        """Do what `_install` does and open a channel, in one go: at many providers each costs a round trip."""
+        await self._drop_channel(shell)
+        channel = await Channel.open(self._sandbox, self._install_argv(shell, "channel"))
+        opened = False
+        try:
+            with anyio.move_on_after(_EXEC_SLACK):
+                self._journal = await channel.greeting()
+                opened = True
+        finally:
+            if not opened:
+                await channel.aclose()
+        if not opened:
+            raise self._unavailable("start", "the shell there did not start in time")
+        self.directory = self._journal[0]
+        self._channels[shell] = (self._journal, channel)
+        return channel
+
+    def _install_argv(self, shell: str, verb: str) -> list[str]:
+        tag, most, program = secrets.token_hex(4), str(self._max_output), _program()
+        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb]
 
     async def _drop_channel(self, shell: str) -> None:
         _, channel = self._channels.pop(shell, (None, None))
@@ -375,12 +402,11 @@ def _file_name(name: str) -> str:
 
 
 @cache
-def _program() -> bytes:
-    text = (resources.files("mabridge.hands") / "hands.sh").read_text(encoding="utf-8")
-    return text.encode()
+def _program() -> str:
+    return (resources.files("mabridge.hands") / "hands.sh").read_text(encoding="utf-8")
 
 
 @cache
 def _program_name() -> str:
     # A worker of another version has another program, beside this one and over the same journal.
-    return f"hands-{hashlib.sha256(_program()).hexdigest()[:12]}.sh"
+    return f"hands-{hashlib.sha256(_program().encode()).hexdigest()[:12]}.sh"
