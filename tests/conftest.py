@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
-from collections.abc import AsyncIterator, Callable, Generator
+import re
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,18 @@ from tests import images
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test does, no environment key and no sessions token is in the log of it."""
+    caplog.set_level(logging.DEBUG, "mabridge")
+    yield
+    for when in ("setup", "call"):
+        for record in caplog.get_records(when):
+            text = f"{record.getMessage()} {record.exc_text or ''} {getattr(record, 'fields', '')}"
+            found = re.search(r"sk-ant-(oat|ses)01-[\w-]{20,}", text)
+            assert found is None, f"a secret was logged by {record.name}: {record.msg}"
 
 
 @pytest.hookimpl(wrapper=True)

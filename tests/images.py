@@ -1,7 +1,8 @@
 """The images that the Docker tests run on, made without a registry: ``python tests/images.py`` makes what is missing.
 
 `BUSYBOX` is Debian's static busybox and nothing else: the least that a sandbox can be. `DEBIAN` is a minimal Debian
-with bash, dash as ``/bin/sh``, GNU tools and Python. Each is tagged with a hash of how it is made, so it is made once.
+with bash, dash as ``/bin/sh``, GNU tools and Python; `DASH` is the same without bash. Each is tagged with a hash of how
+it is made, so it is made once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BUSYBOX = "busybox-static: /bin and its applet links, /tmp, /etc/passwd with root and nobody; 2"
+_DASH = "the image of Debian, without /bin/bash; 1"
 _DEBIAN = "debootstrap --variant=minbase --include=python3; 2"
 
 
@@ -28,6 +30,7 @@ def _tag(name: str, recipe: str) -> str:
 
 BUSYBOX = _tag("mabridge-test-busybox", _BUSYBOX)
 DEBIAN = _tag("mabridge-test-debian", _DEBIAN)
+DASH = _tag("mabridge-test-dash", _DASH + _DEBIAN)
 
 
 class ImageMissing(Exception):
@@ -42,11 +45,15 @@ def ensure(image: str) -> str:
     """
     if shutil.which("docker") is None:
         raise ImageMissing("there is no docker command")
+    if image == DASH:
+        ensure(DEBIAN)
     with _only_one():
         if _run("docker", "image", "inspect", image, check=False).returncode != 0:
             answer = _run("docker", "version", check=False)
             if answer.returncode != 0:
                 raise ImageMissing(f"no Docker engine answers: {answer.stderr.decode(errors='replace').strip()[-300:]}")
+            if image == DASH:
+                return _make_dash()
             with tempfile.TemporaryDirectory(prefix="mabridge-image-") as directory:
                 root = Path(directory, "root")
                 root.mkdir(mode=0o755)
@@ -80,6 +87,20 @@ def _make_debian(root: Path) -> None:
         raise ImageMissing(f"debootstrap failed: {said[-500:]}")
     for cache in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
         shutil.rmtree(root / cache, ignore_errors=True)
+
+
+def _make_dash() -> str:
+    made = (
+        _run("docker", "create", "--network=none", DEBIAN, "rm", "-f", "/bin/bash", "/usr/bin/bash")
+        .stdout.decode()
+        .strip()
+    )
+    try:
+        _run("docker", "start", "--attach", made)
+        _run("docker", "commit", made, DASH)
+    finally:
+        _run("docker", "rm", "--force", made)
+    return DASH
 
 
 def _mirror() -> str:
@@ -117,7 +138,7 @@ def _only_one() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for wanted in (BUSYBOX, DEBIAN):
+    for wanted in (BUSYBOX, DEBIAN, DASH):
         try:
             print(ensure(wanted), flush=True)
         except ImageMissing as missing:

@@ -72,6 +72,21 @@ async def test_timeout_kills_what_the_call_started_and_keeps_the_rest(run: Shell
     assert await run.text(f"echo $X; kill -0 $(cat job) && echo alive; {alive}") == "kept\nalive\n0"
 
 
+async def test_functions_outlive_their_shell(run: Shell):
+    await run("greet() { echo hello $1; }; X=kept; cd /")
+    assert await run.text("wait; jobs; greet you") == "hello you"
+    for ending in ("sleep 60", "exit 7", "while :; do :; done"):
+        with anyio.fail_after(30):
+            ended = await run(f"echo x; {ending}", timeout=1.0)
+        assert (ended.exit_code, ended.head) == (7 if "exit" in ending else None, b"x\n")
+        assert await run.text("greet again; echo $X; pwd") == "hello again\nkept\n/"
+    await run("greet() { echo bye; }")
+    await run("exit 1")
+    assert await run.text("greet") == "bye"
+    await run.hands.restart("greetless")
+    assert (await run("greet")).exit_code == 127
+
+
 async def test_loop_in_the_shell_itself_is_killed(run: Shell):
     with anyio.fail_after(15):
         result = await run("(while :; do :; done) & while :; do :; done", timeout=0.5)
@@ -169,6 +184,6 @@ async def test_hands_pick_the_first_place_that_can_be_written(local_sandbox: San
 def test_program_is_clean_for_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck")
-    program = resources.files("mabridge.hands") / "hands.sh"
-    done = subprocess.run(["shellcheck", "-s", "sh", str(program)], capture_output=True, text=True, check=False)
+    programs = [str(resources.files("mabridge.hands") / name) for name in ("hands.sh", "inner.sh")]
+    done = subprocess.run(["shellcheck", "-s", "sh", *programs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -13,13 +13,15 @@ import anyio
 from mabridge.errors import SandboxUnavailable
 from mabridge.sandbox import Process, Sandbox, SupportsProcess
 
-__all__ = ["Channel", "Reply", "parse_reply", "parse_tail"]
+__all__ = ["Channel", "Reply", "new_nonce", "parse_reply", "parse_tail"]
 
 # An answer is 128 kB of output and a line. The sandbox is not trusted to keep to it.
 _MOST = 200_000
 _GREETING = 4096
 _CLOSE_DEADLINE = 5.0
 _ENDING = re.compile(rb"(?:(\d{1,3}) )?([a-z]+) \.\n")
+# A definition, or something that may hold or undo one.
+_FUNCTIONS = re.compile(r"\(\s*\)|\b(?:source|eval|unset)\b|(?:^|[;&|\s])\.\s")
 _TAIL = re.compile(rb"(\d{1,18}) (\d{1,18}) \.\n")
 
 
@@ -30,6 +32,11 @@ class Reply:
     output: bytes
     code: int
     how: str
+
+
+def new_nonce(command: str) -> str:
+    """Return a word that no command can know. It ends in ``.f`` if the command may define functions (see inner.sh)."""
+    return secrets.token_hex(8) + (".f" if _FUNCTIONS.search(command) else "")
 
 
 def parse_reply(data: bytes, nonce: str) -> Reply | None:
@@ -103,7 +110,7 @@ class Channel:
             SandboxUnavailable: the connection broke. The call may have been submitted.
             SandboxGone: the sandbox is definitely absent.
         """
-        nonce = secrets.token_hex(8)
+        nonce = new_nonce(command)
         lines = command.split("\n")
         request = " ".join((nonce, call, str(len(lines)), *forget))
         await self._process.send(f"{request}\n{command}\n".encode())

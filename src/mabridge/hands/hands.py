@@ -7,6 +7,7 @@ be remembered: a broken connection, or another worker, goes on by asking again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -20,7 +21,7 @@ from typing import Self
 import anyio
 
 from mabridge.errors import SandboxError, SandboxUnavailable
-from mabridge.hands.channel import Channel, Reply, parse_reply, parse_tail
+from mabridge.hands.channel import Channel, Reply, new_nonce, parse_reply, parse_tail
 from mabridge.identity import is_safe_id
 from mabridge.sandbox import ExecResult, Sandbox, SupportsProcess
 
@@ -56,6 +57,7 @@ for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     else
         printf %s "$5" > "$d/$1.$2" || { rm -f "$d/reserve" && printf %s "$5" > "$d/$1.$2"; } \
             || { rm -f "$d/$1.$2"; continue; }
+        printf %s "$7" > "$d/${1%.sh}.inner.sh" || { rm -f "$d/$1.$2"; continue; }
         mv -f "$d/$1.$2" "$d/$1" || exit 1
     fi
     read -r token < "$d/token"
@@ -159,10 +161,7 @@ class Hands:
                 reply = await self._submit(call, command, shell, journal)
             if reply is None:
                 await self._kill(call, "timeout")
-                with anyio.move_on_after(_KILL_DEADLINE):
-                    reply = await self._submit(call, command, shell, journal)
-            if reply is None:
-                raise self._unavailable("run", "a command was killed because its time had passed, and has not ended")
+                reply = await self._end_of(call, command, shell, journal)
             return await self._result(call, reply)
 
     async def interrupt(self, call_id: str) -> None:
@@ -201,6 +200,17 @@ class Hands:
         # Where the disk was full, the first refusal has made a little space: enough for a command that empties it.
         return await self._ask(call, command, shell, journal) if reply.how == "full" else reply
 
+    async def _end_of(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
+        """Return how a call that was killed has ended. What it had done to the sandbox may take a while to go."""
+        problem = "it does not end"
+        with anyio.move_on_after(_KILL_DEADLINE):
+            while True:
+                try:
+                    return await self._submit(call, command, shell, journal)
+                except SandboxUnavailable as error:
+                    problem = str(error)
+        raise self._unavailable("run", f"a command was killed because its time had passed: {problem}")
+
     async def _ask(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
         pause = _FIRST_PAUSE
         for attempt in range(_ATTEMPTS):
@@ -217,7 +227,8 @@ class Hands:
                 _log.info("sandbox %s: asking again for call %s: %s", self._sandbox.id, call, error)
                 await anyio.sleep(pause)
                 pause *= 2
-                await self._install(shell)
+                with contextlib.suppress(SandboxUnavailable):  # the next attempt tells
+                    await self._install(shell)
         raise AssertionError("the last attempt returns or raises")
 
     async def _over_channel(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
@@ -242,7 +253,7 @@ class Hands:
 
     async def _over_exec(self, call: str, command: str, shell: str) -> Reply:
         while True:
-            nonce = secrets.token_hex(8)
+            nonce = new_nonce(command)
             result = await self._sandbox.exec(
                 [*self._argv, "once", nonce, call, shell, str(int(_ROUND)), *self._next_to_forget()],
                 stdin=command.encode() + b"\n",
@@ -299,8 +310,8 @@ class Hands:
     def _tidy(self, call: str, output: bytes) -> bytes:
         """Let the shell's own messages begin as those of any bash do, and not with the name of our file."""
         ours = re.escape(self.directory.encode())
-        program = ours + rb"/hands-[0-9a-f]{12}\.sh"
-        script = ours + b"/calls/" + call.encode() + rb"\.cmd\.[0-9a-f]{16}"
+        program = ours + rb"/hands-[0-9a-f]{12}\.(?:inner\.)?sh"
+        script = ours + b"/calls/" + call.encode() + rb"\.cmd\.[0-9a-f]{16}(?:\.f)?"
         return re.sub(b"(?:" + program + b": )?" + script + b"|" + program, b"bash", output)
 
     async def _tail(self, call: str) -> tuple[bytes, int, int]:
@@ -358,11 +369,10 @@ class Hands:
         if result.exit_code != 0 or len(lines) != 2 or not lines[0].startswith("/"):
             why = result.stderr.decode("utf-8", "replace").strip()[:300]
             hint = "no directory to write in: /tmp, /var/tmp, /dev/shm and the working directory refuse"
+            if result.exit_code != 73:
+                raise self._unavailable("start", f"the shell could not be set up: {why or result.exit_code}")
             raise SandboxError(
-                f"the shell could not be set up: {hint if result.exit_code == 73 else why or result.exit_code}",
-                provider="hands",
-                op="start",
-                sandbox_id=self._sandbox.id,
+                f"the shell could not be set up: {hint}", provider="hands", op="start", sandbox_id=self._sandbox.id
             )
         self.directory, self._journal = lines[0], (lines[0], lines[1])
 
@@ -385,8 +395,9 @@ class Hands:
         return channel
 
     def _install_argv(self, shell: str, verb: str) -> list[str]:
-        tag, most, program = secrets.token_hex(4), str(self._max_output), _program()
-        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb]
+        tag, most = secrets.token_hex(4), str(self._max_output)
+        program, inner = _programs()
+        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb, inner]
 
     async def _drop_channel(self, shell: str) -> None:
         _, channel = self._channels.pop(shell, (None, None))
@@ -402,11 +413,13 @@ def _file_name(name: str) -> str:
 
 
 @cache
-def _program() -> str:
-    return (resources.files("mabridge.hands") / "hands.sh").read_text(encoding="utf-8")
+def _programs() -> tuple[str, str]:
+    """The two shell programs: what serves requests and keeps the shells, and what an agent's shell runs."""
+    here = resources.files("mabridge.hands")
+    return (here / "hands.sh").read_text(encoding="utf-8"), (here / "inner.sh").read_text(encoding="utf-8")
 
 
 @cache
 def _program_name() -> str:
-    # A worker of another version has another program, beside this one and over the same journal.
-    return f"hands-{hashlib.sha256(_program().encode()).hexdigest()[:12]}.sh"
+    # A worker of another version has other programs, beside these and over the same journal.
+    return f"hands-{hashlib.sha256(''.join(_programs()).encode()).hexdigest()[:12]}.sh"

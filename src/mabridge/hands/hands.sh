@@ -4,11 +4,12 @@
 #
 #   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG: which of them counts
 #   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
-#   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    a FIFO to poke at its end
+#   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    FIFOs to poke at its end
 #   calls/ID.why       why somebody killed it                     calls/ID.end.N    the status, where the disk is full
 #   calls/ID.dropped   bytes cut out of an output too long        old/ID.out        all was forgotten but that it was
 #   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
-#   shells/NAME/state.0, state.1    what survives the shell; shells/NAME/state tells which of the two is whole
+#   shells/NAME/spare, go, code      a copy of the shell that takes its place, how it is told to, and its exit code
+#   shells/NAME/state.0, state.1    what survives the shell: the one whose last line has the higher number
 #
 #   token              tells the marks of this sandbox's processes from another's, where they share a machine
 #   reserve            some space, given up when the disk is full, so that a command can still be taken to empty it
@@ -16,11 +17,11 @@
 #   most               bytes that one output may take
 #   kept               ids of the large outputs that are kept though their results were accepted
 #
-# A shell is two processes: the inner one runs the commands, and the keeper starts it again whenever it has ended.
+# A shell is two processes: the inner one runs the commands (inner.sh), and the keeper starts it again whenever it has
+# ended.
 # The hot path forks nothing but the command: what looks clumsy below is done with builtins for that.
 #
 # What is begun exactly once is decided by who creates ID.begun (O_EXCL, by `set -C`). Everything else may be repeated.
-# The inner loop runs with whatever options the agent has set (-e -u -f -C): each line of it must bear that.
 
 D=${0%/*}
 C=$D/calls
@@ -62,10 +63,11 @@ is_done() {
 # Write the status of a call, and poke whoever waits for it. Opened for reading too, a FIFO never blocks.
 settle() {
     { printf '%s %s .\n' "$2" "$3" >| "$C/$1.status"; } 2>/dev/null || printf '' >| "$C/$1.end.$2"
-    reply=''
-    { IFS= read -r reply < "$C/$1.reply"; } 2>/dev/null
-    # shellcheck disable=SC2094 # it is a FIFO
-    if [ -p "$reply" ]; then printf '.\n' 1<> "$reply"; fi
+    [ -e "$C/$1.reply" ] || return 0
+    while IFS= read -r reply; do
+        # shellcheck disable=SC2094 # it is a FIFO
+        if [ -p "$reply" ]; then printf '.\n' 1<> "$reply"; fi
+    done < "$C/$1.reply"
 }
 
 pause() { sleep 0.05 2>/dev/null || sleep 1; }
@@ -124,12 +126,15 @@ keep() {
     rm -f "$S/keeper.$generation"
     if runs "$S/inner"; then kill -9 "$pid" 2>/dev/null; fi
     while :; do
-        if command -v bash > /dev/null 2>&1; then
-            TERM=dumb bash --noprofile --norc "$0" inner "$1"
+        if runs "$S/spare"; then
+            run_spare
+        elif command -v bash > /dev/null 2>&1; then
+            TERM=dumb bash --noprofile --norc "${0%.sh}.inner.sh" "$1"
+            code=$?
         else
-            TERM=dumb sh "$0" inner "$1"
+            TERM=dumb sh "${0%.sh}.inner.sh" "$1"
+            code=$?
         fi
-        code=$?
         id=''
         { IFS= read -r id < "$S/current"; } 2>/dev/null
         if [ -n "$id" ] && ! is_done "$id"; then
@@ -143,6 +148,26 @@ keep() {
         fi
         : >| "$S/current"
     done
+}
+
+# Have a shell's spare go on in its place (see inner.sh), and wait for its end. It is not a child that could be waited for.
+run_spare() {
+    spare=$pid code=137
+    printf '' >| "$S/code"
+    # shellcheck disable=SC2094 # it is a FIFO
+    printf 'go\n' 1<> "$S/go"
+    tries=0
+    until runs "$S/inner" && [ "$pid" = "$spare" ]; do
+        tries=$((tries + 1))
+        if [ "$tries" -gt 100 ] || ! runs "$S/spare"; then
+            kill -9 "$spare" 2>/dev/null
+            return 0
+        fi
+        pause
+    done
+    while runs "$S/inner"; do pause; done
+    { IFS= read -r code < "$S/code"; } 2>/dev/null
+    code=${code:-137}
 }
 
 start_watcher() {
@@ -222,6 +247,14 @@ begin_first() {
     return $won
 }
 
+# Whether a process carries the mark in its environment. Shells read over the NULs in it.
+is_marked() {
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in *"$mark"*) return 0 ;; esac
+    done < "/proc/$1/environ"
+    return 1
+} 2>/dev/null
+
 # What of a call's processes is still there: all that carry its mark, and all below its shell ($2) that are no older than
 # the call, for a subshell of the shell itself carries no mark. The call began at tick $3 of the clock, which ticks a
 # hundred times a second, and after the background job $4.
@@ -230,11 +263,16 @@ find_processes() {
     found=' ' below=" $2 " grew=1
     [ "$2" -gt 1 ] || grew=0
     [ -n "$token" ] || return 0
-    # shellcheck disable=SC2013 # words are what is wanted
-    for f in $(grep -ls "MABRIDGE_CALL=$1\\.$token\\." /proc/[0-9]*/environ 2>/dev/null); do
+    mark=MABRIDGE_CALL=$1.$token.
+    inner=$2 ticks=$3 job=$4
+    set -- /proc/[0-9]*
+    # Where a fork bomb has taken every process there may be, grep could not be started. It is faster with many.
+    # shellcheck disable=SC2046 # words are what is wanted
+    [ "$#" -le 600 ] || set -- $(grep -lsF "$mark" /proc/[0-9]*/environ 2>/dev/null)
+    for f in "$@"; do
         f=${f#/proc/}
         f=${f%/environ}
-        [ "$f" = "$2" ] || { look "$f" && [ "$state" != Z ] && found="$found$f "; }
+        [ "$f" != "$inner" ] && is_marked "$f" && look "$f" && [ "$state" != Z ] && found="$found$f "
     done
     while [ "$grew" = 1 ]; do
         grew=0
@@ -243,7 +281,7 @@ find_processes() {
             look "$f" || continue
             case $below in *" $f "*) continue ;; esac
             case $below in *" $ppid "*) ;; *) continue ;; esac
-            [ "$since" -gt "$3" ] || { [ "$since" -eq "$3" ] && [ "$f" -gt "$4" ]; } || continue
+            [ "$since" -gt "$ticks" ] || { [ "$since" -eq "$ticks" ] && [ "$f" -gt "$job" ]; } || continue
             below="$below$f " grew=1
             case $found in *" $f "*) ;; *) [ "$state" = Z ] || found="$found$f " ;; esac
         done
@@ -275,7 +313,7 @@ kill_call() {
     # A line that goes on after its command was killed would start the next one.
     [ "$inner" -eq 0 ] || kill -STOP "$inner" 2>/dev/null
     pass=0
-    while [ "$pass" -lt 20 ]; do
+    while [ "$pass" -lt 100 ]; do
         pass=$((pass + 1))
         find_processes "$1" "$inner" "${ticks:-0}" "${job:-0}"
         [ "$found" != ' ' ] || break
@@ -351,7 +389,9 @@ restart)
     # Stopped first, for it may be about to write its state; killed last, for the next one reads it at once.
     inner=''
     if runs "$S/inner"; then inner=$pid && kill -STOP "$inner"; fi
-    : >| "$S/state"
+    : >| "$S/state.0"
+    : >| "$S/state.1"
+    if runs "$S/spare"; then kill -9 "$pid"; fi
     [ -z "$inner" ] || kill -9 "$inner"
     settle "$2" 0 end
     ;;
@@ -409,7 +449,7 @@ channel)
             lines=$((lines - 1))
         done >| "$file"
         [ "$file" != /dev/null ] && [ -n "$ok" ] && publish "$id" "$nonce" || ok=''
-        { [ -n "$ok" ] && printf '%s\n' "$R" >| "$C/$id.reply"; } 2>/dev/null || ok=''
+        { [ -n "$ok" ] && printf '%s\n' "$R" >> "$C/$id.reply"; } 2>/dev/null || ok=''
         if [ -z "$ok" ]; then
             full "$id" "$nonce"
             continue
@@ -428,72 +468,6 @@ channel)
         IFS=' '
         # shellcheck disable=SC2086 # a list of ids
         [ -z "$drop" ] || forget $drop
-    done
-    ;;
-inner)
-    # From here on, this is the agent's own shell: no function around its commands, or their variables would be local.
-    # Only names with __mab_ are ours, and `command` keeps the agent's functions out of our way.
-    __mab_D=$D
-    __mab_S=$D/shells/$2
-    __mab_C=$C
-    __mab_next=0
-    look $$ || since=0
-    printf '%s %s\n' $$ "$since" >| "$__mab_S/inner"
-    unset -f runs is_done settle pause start lives keep publish begin_first find_processes kill_call answer forget look \
-        start_watcher watch cut_out full reserve keep_output
-    { IFS= read -r __mab_token < "$D/token"; } 2>/dev/null || __mab_token=
-    { IFS= read -r __mab_whole < "$__mab_S/state"; } 2>/dev/null || __mab_whole=
-    unset D C HEAD KEPT generation line state ppid since pid began status MAB_EXEC
-    if [ -n "$__mab_whole" ]; then
-        { IFS= read -r __mab_dir < "$__mab_S/dir.$__mab_whole"; } 2>/dev/null || __mab_dir=/
-        # shellcheck disable=SC1090 # what the last shell left; read-only variables refuse, which is as well
-        . "$__mab_S/state.$__mab_whole" < /dev/null > /dev/null 2>&1 || :
-        cd -- "$__mab_dir" 2>/dev/null || :
-        { IFS= read -r __mab_next < "$__mab_S/state"; } 2>/dev/null || :
-        __mab_next=$((1 - ${__mab_next:-0}))
-    fi
-    __mab_snapshot() {
-        # shellcheck disable=SC3044,SC3045 # bash's own
-        if [ -n "${BASH_VERSION-}" ]; then
-            { declare -p; declare -f; alias -p; set +o; shopt -p; umask -p; } >| "$__mab_S/state.$__mab_next"
-        else
-            { set; export -p; printf 'umask '; umask; set +o; } >| "$__mab_S/state.$__mab_next"
-        fi 2> /dev/null
-        command pwd >| "$__mab_S/dir.$__mab_next" 2> /dev/null
-        command printf '%s\n' "$__mab_next" >| "$__mab_S/state"
-        __mab_next=$((1 - __mab_next))
-    }
-    trap __mab_snapshot EXIT
-    while IFS= command read -r __mab_id <&3; do
-        { IFS=' ' command read -r __mab_up __mab_rest < /proc/uptime; } 2>/dev/null || __mab_up=0
-        { command printf '%s\n' "$__mab_id" >| "$__mab_S/current"; } 2>/dev/null || :
-        if [ -s "$__mab_D/asleep" ]; then
-            command printf '' >| "$__mab_D/asleep"
-            # shellcheck disable=SC2094 # it is a FIFO
-            if [ -p "$__mab_D/poke" ]; then command printf '.\n' 1<> "$__mab_D/poke"; fi
-        fi
-        case $- in *C*) __mab_rest=-C ;; *) __mab_rest=+C ;; esac
-        set -C
-        { command printf '' > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
-        set "$__mab_rest"
-        [ -n "$__mab_id" ] || continue
-        { command printf '%s %s %s\n' "$__mab_up" $$ "${!:-0}" >| "$__mab_C/$__mab_id.begun"; } 2>/dev/null || :
-        __mab_tag=
-        { IFS= command read -r __mab_tag < "$__mab_C/$__mab_id.ready"; } 2>/dev/null || :
-        MABRIDGE_CALL=$__mab_id.$__mab_token.
-        export MABRIDGE_CALL
-        # Not in a condition, where `set -e` would not count.
-        # shellcheck disable=SC1090 # the agent's command
-        . "$__mab_C/$__mab_id.cmd.$__mab_tag" < /dev/null >> "$__mab_C/$__mab_id.out" 2>&1 3<&-
-        __mab_code=$?
-        { command printf '%s end .\n' "$__mab_code" >| "$__mab_C/$__mab_id.status"; } 2>/dev/null \
-            || command printf '' >| "$__mab_C/$__mab_id.end.$__mab_code"
-        __mab_reply=
-        { IFS= command read -r __mab_reply < "$__mab_C/$__mab_id.reply"; } 2>/dev/null || :
-        # shellcheck disable=SC2094 # it is a FIFO
-        if [ -p "$__mab_reply" ]; then command printf '.\n' 1<> "$__mab_reply"; fi
-        : >| "$__mab_S/current"
-        __mab_snapshot
     done
     ;;
 esac
