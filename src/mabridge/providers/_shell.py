@@ -34,28 +34,37 @@ _ANNOUNCE = 'echo "$$" >&2; '
 _QUIET = "exec 2>/dev/null; "
 _SIZED = 'n=$1; shift; head -c "$n" | "$@"'
 
-# $1 marker, $2 the session that the command leads. Whoever carries the marker is killed, and whoever is in the
-# session of one that does: the first finds what went to a session of its own, the second what cleared its environment.
+# $1 marker, $2 the session that the command leads. Whoever carries the marker is killed, and whoever is in the session
+# of one that does, or of a child of one: the first finds what went to a session of its own, the others what cleared its
+# environment. The session of PID 1 is nobody's: where a provider starts commands in that one, only the marker tells.
 # Not grep -F: that of busybox looks no further than the first NUL.
 _KILL = r"""
-look() { read -r s && s=${s##*) } && set -- $s && state=$1 sid=$4; }
-kill_sessions() {
+look() { read -r s && s=${s##*) } && set -- $s && state=$1 parent=$2 sid=$4; }
+kill_found() {
     victims=
     for f in /proc/[0-9]*; do
         { look < "$f/stat"; } 2>/dev/null || continue
-        case $sids in *" $sid "*) [ "$state" = Z ] || victims="$victims ${f#/proc/}" ;; esac
+        case $sids in *" $sid "*) ;; *) case $pids in *" ${f#/proc/} "*) ;; *) continue ;; esac ;; esac
+        [ "$state" = Z ] || victims="$victims ${f#/proc/}"
     done
     [ -z "$victims" ] || kill -9 $victims 2>/dev/null
 }
-sids=" $2 " pass=0
-kill_sessions  # this much needs no process of its own, of which there may be none left
+sids=" $2 " pids= pass=0
+kill_found  # this much needs no process of its own, of which there may be none left
+{ look < /proc/1/stat; } 2>/dev/null && first=$sid || first=1
 while [ "$pass" -lt 20 ]; do
-    pass=$((pass + 1)) sids=" $2 "
+    pass=$((pass + 1)) sids=" $2 " pids=' '
     for f in $(grep -ls "$1" /proc/[0-9]*/environ); do
         f=${f%/environ}
-        { look < "$f/stat"; } 2>/dev/null && sids="$sids$sid "
+        { look < "$f/stat"; } 2>/dev/null || continue
+        pids="$pids${f#/proc/} "
+        [ "$sid" = "$first" ] || sids="$sids$sid "
     done
-    kill_sessions
+    for f in /proc/[0-9]*; do
+        { look < "$f/stat"; } 2>/dev/null || continue
+        case $pids in *" $parent "*) [ "$sid" = "$first" ] || sids="$sids$sid " ;; esac
+    done
+    kill_found
     [ -n "$victims" ] || exit 0
 done
 exit 1
@@ -184,9 +193,9 @@ def with_sized_stdin(argv: Sequence[str], size: int) -> list[str]:
     return ["/bin/sh", "-c", _SIZED, "mab", str(size), *argv]
 
 
-def kill_argv(marker: str, session: int) -> list[str]:
+def kill_argv(marker: str, session: int | None = None) -> list[str]:
     """Return the argv that kills what carries `marker` or is in that session; it fails if something survives."""
-    return ["/bin/sh", "-c", _KILL, "mab", f"{MARKER}={marker}", str(session)]
+    return ["/bin/sh", "-c", _KILL, "mab", f"{MARKER}={marker}", "none" if session is None else str(session)]
 
 
 async def read_file(sandbox: Sandbox, path: str, *, max_bytes: int, provider: str) -> bytes:

@@ -71,10 +71,11 @@ async def communicate(
 class HeldProcess(Process):
     """A process of this machine, with pipes that do not block."""
 
-    def __init__(self, sandbox_id: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, sandbox_id: str, process: subprocess.Popen[bytes], *, provider: str = "local") -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._sandbox_id = sandbox_id
+        self._provider = provider
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout.fileno()
@@ -121,7 +122,7 @@ class HeldProcess(Process):
         _close(self._process)
 
     def _broken(self, op: str, why: str) -> SandboxUnavailable:
-        return SandboxUnavailable(f"the process: {why}", provider="local", op=op, sandbox_id=self._sandbox_id)
+        return SandboxUnavailable(f"the process: {why}", provider=self._provider, op=op, sandbox_id=self._sandbox_id)
 
 
 async def _write(fd: int, data: bytes) -> None:

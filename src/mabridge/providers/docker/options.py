@@ -15,15 +15,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from mabridge.errors import ConfigError
 from mabridge.identity import KEY_LABEL
+from mabridge.providers._guard import DEADLINES, GUARD
 from mabridge.providers._shell import check_env
 from mabridge.sandbox import EnvVar, ProviderOptions, SandboxSpec
 
 __all__ = [
     "GUARD_USER",
-    "KEEP_ALIVE",
     "DockerMount",
     "DockerOptions",
     "container_config",
+    "is_mounted",
     "labels_of",
     "layout",
     "workdir_of",
@@ -32,29 +33,10 @@ __all__ = [
 GUARD_USER = 65534
 """The user id that PID 1 runs as. The agent's user is another, so it can signal neither it nor its files."""
 
-_DEADLINES = "/run/mabridge"
 _WORKDIR_LABEL = "mabridge.workdir"
 _HOME = "/home/agent"
 _TMP = "/tmp"  # noqa: S108 - the sandbox's
 _SOCKETS = ("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/podman/podman.sock")
-
-# PID 1's only child. Deadlines are names of files, in seconds of uptime: to add one is atomic, and the latest counts.
-# It naps for at most half a minute, because a nap does not count the time that the machine sleeps.
-_GUARD = f"""
-read -r up _ < /proc/uptime; end=$((${{up%.*}} + $1))
-while :; do
-    for f in {_DEADLINES}/*; do
-        f=${{f##*/}}
-        case $f in *[!0-9]*) continue ;; esac
-        if [ "$f" -gt "$end" ]; then end=$f; elif [ "$f" -lt "$end" ]; then rm -f "{_DEADLINES}/$f"; fi
-    done
-    read -r up _ < /proc/uptime; left=$((end - ${{up%.*}}))
-    [ "$left" -gt 0 ] || exit 0
-    [ "$left" -lt 30 ] || left=30
-    sleep "$left"
-done
-"""
-KEEP_ALIVE = f'read -r up _ < /proc/uptime && : > "{_DEADLINES}/$((${{up%.*}} + $1))"'
 
 
 def _bytes(value: object) -> object:
@@ -86,8 +68,8 @@ class DockerMount(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.target.startswith("/") or posixpath.normpath(self.target) in ("/", "//", _DEADLINES, "/run"):
-            raise ValueError(f"target {self.target!r} must be an absolute path, and not {_DEADLINES} or above it")
+        if not self.target.startswith("/") or posixpath.normpath(self.target) in ("/", "//", DEADLINES, "/run"):
+            raise ValueError(f"target {self.target!r} must be an absolute path, and not {DEADLINES} or above it")
         if (self.type == "tmpfs") != (self.source is None):
             raise ValueError("source is for bind and volume, which need it")
         if self.type == "bind":
@@ -110,6 +92,7 @@ class DockerOptions(ProviderOptions):
     image: str = "python:3.13-slim"
     """Any image with ``/bin/sh``, ``grep`` and ``head``. It is run as it is: its entrypoint and user are not used."""
     pull: Literal["missing", "never", "always"] = "missing"
+    """When the image is pulled."""
     host: str | None = None
     """The engine, such as ``unix:///var/run/docker.sock`` or ``ssh://user@host``. By default found as ``docker`` finds
     it: ``DOCKER_HOST``, the current context, the usual sockets."""
@@ -117,19 +100,25 @@ class DockerOptions(ProviderOptions):
     """``none``, or the name of a network: then the agent reaches what that network reaches, such as a cloud's metadata
     service. ``host`` is refused."""
     dns: tuple[str, ...] = ()
+    """Addresses of name servers; the engine's by default."""
     user: str = "1000:1000"
     """Numbers, ``uid`` or ``uid:gid``, of whom the agent's commands run as. Root has no capabilities."""
     memory: Size = 2 * 1024**3
     """Bytes, or like ``512m``; swap is not on top of it."""
     cpus: float = Field(default=1.0, ge=0)
+    """Processors, or parts of one, that it may use."""
     pids_limit: int = Field(default=512, ge=0)
+    """Processes and threads that it may hold."""
     shm_size: Size = 64 * 1024**2
+    """Of ``/dev/shm``: bytes, or like ``64m``."""
     read_only: bool = False
     """The image's files cannot be changed: only the working directory, the home and ``/tmp``, which are in memory."""
     mounts: tuple[DockerMount, ...] = ()
+    """Directories of the engine's host and volumes that it sees, each ``{ source, target, type, read_only }``."""
     runtime: str | None = None
     """Such as ``runsc`` for gVisor; the engine's default otherwise."""
     gpus: Literal["all"] | Annotated[int, Field(ge=1)] | None = None
+    """``all``, or how many it is given."""
     env: dict[str, str | EnvVar] = Field(default_factory=dict)
     """For every command. The agent can read it, so no secret that it should not have."""
 
@@ -185,7 +174,7 @@ def container_config(options: DockerOptions, spec: SandboxSpec) -> dict[str, Any
     uid, gid = options.ids
     env = {"HOME": _HOME} | {n: v if isinstance(v, str) else v.read() for n, v in options.env.items()} | dict(spec.env)
     guard = f"rw,noexec,nosuid,nodev,size=64k,mode=0700,uid={GUARD_USER},gid={GUARD_USER}"
-    memory = {_DEADLINES: guard}
+    memory = {DEADLINES: guard}
     own = f"rw,exec,nosuid,nodev,mode=0755,uid={uid},gid={gid}"
     if options.read_only:
         memory |= {spec.workdir: own, _HOME: own, _TMP: "rw,exec,nosuid,nodev,mode=1777"}
@@ -216,7 +205,7 @@ def container_config(options: DockerOptions, spec: SandboxSpec) -> dict[str, Any
     return {
         "Image": options.image,
         "Hostname": "sandbox",
-        "Entrypoint": ["/bin/sh", "-c", _GUARD, "mab"],
+        "Entrypoint": ["/bin/sh", "-c", GUARD, "mab"],
         "Cmd": [str(math.ceil(spec.ttl))],
         "Healthcheck": {"Test": ["NONE"]},
         "User": f"{GUARD_USER}:{GUARD_USER}",
@@ -246,13 +235,18 @@ def layout(options: DockerOptions, workdir: str) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for path, mode, owner in ((workdir, 0o755, (uid, gid)), (_HOME, 0o755, (uid, gid)), (_TMP, 0o1777, (0, 0))):
-            if any(_is_below(path, mount.target) for mount in options.mounts):
+            if is_mounted(options, path):
                 continue
             entry = tarfile.TarInfo(posixpath.normpath(path).lstrip("/"))
             entry.type, entry.mode = tarfile.DIRTYPE, mode
             entry.uid, entry.gid = owner
             tar.addfile(entry)
     return file.getvalue()
+
+
+def is_mounted(options: DockerOptions, path: str) -> bool:
+    """Whether a path of the sandbox lies on a mount of the operator's."""
+    return any(_is_below(path, mount.target) for mount in options.mounts)
 
 
 def _mount(mount: DockerMount) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from aiodocker.containers import DockerContainer
 
 from mabridge.errors import NotSupported, OutOfMemory, SandboxError, SandboxGone, SandboxUnavailable
 from mabridge.providers import _shell
+from mabridge.providers._guard import KEEP_ALIVE
 from mabridge.providers.docker.engine import PROVIDER, can_half_close, mapped
-from mabridge.providers.docker.options import GUARD_USER, KEEP_ALIVE
+from mabridge.providers.docker.options import GUARD_USER
 from mabridge.providers.docker.running import Running
 from mabridge.sandbox import ExecResult, Process, Sandbox
 
