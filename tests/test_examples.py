@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mabridge import load_config
+from mabridge.routing import SessionFacts, route
 from mabridge.testing import Agent, ControlPlane
 from tests.images import BUSYBOX
 
@@ -19,8 +20,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def test_configuration_is_valid():
     config = load_config(EXAMPLES / "mabridge.toml")
-    assert list(config.providers) == ["small", "big"]
-    assert len(config.routes) == 3
+    assert list(config.providers) == ["small", "big", "cloud"]
+    facts = SessionFacts(agent_name="research-1")
+    assert route(facts, config.routes).providers == ("cloud", "big")
+    assert route(SessionFacts(), config.routes).providers == ("small",)
 
 
 @pytest.mark.anyio
@@ -31,6 +34,9 @@ async def test_custom_worker_serves_a_session_and_drains(tmp_path: Path, image):
 
     async def brain(agent: Agent) -> None:
         assert (await agent.call("bash", {"command": "echo hello"})).text == "hello"
+        assert (await agent.call("price_of", {"product": "pear"}, custom=True)).text == "4 cents"
+        memory = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
+        assert (await agent.call("bash", {"command": memory})).text.splitlines()[0] == str(512 << 20)
 
     async with ControlPlane() as plane:
         environment = plane.create_environment()
@@ -42,7 +48,7 @@ async def test_custom_worker_serves_a_session_and_drains(tmp_path: Path, image):
             text=True,
         )
         try:
-            session = environment.create_session(brain, message="go", metadata={"trusted": "yes"})
+            session = environment.create_session(brain, message="go", metadata={"team": "data"})
             await session.wait_idle(timeout=60)
             session.terminate()
             await plane.wait_until(lambda: environment.queue.get(session.id).state == "stopped", timeout=30)
@@ -54,3 +60,4 @@ async def test_custom_worker_serves_a_session_and_drains(tmp_path: Path, image):
             out, _ = process.communicate()
     assert process.returncode == 0
     assert "bash: ok" in out
+    assert "price_of: answered here" in out

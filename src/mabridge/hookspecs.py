@@ -6,11 +6,16 @@ A plugin is a module (or any object) with functions marked ``@hookimpl``, named 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
+    import click
+
+    from mabridge.observe import Event
+    from mabridge.routing import SessionFacts
     from mabridge.sandbox import Provider
 
 __all__ = ["PROJECT", "RegisterProvider", "hookimpl", "hookspec"]
@@ -50,3 +55,23 @@ class RegisterProvider(Protocol):
 @hookspec
 def mabridge_register_providers(register: RegisterProvider) -> None:
     """Call ``register(MyProvider)`` for each provider class of yours."""
+
+
+@hookspec
+def mabridge_route(session: SessionFacts, candidates: Sequence[str]) -> Sequence[str] | None:
+    """Return which of the candidates may serve the session, in the order to try them; ``None`` leaves it as it is.
+
+    `candidates` are names of configured providers, those of the route that took the session. Each plugin is asked in
+    turn, about what the one before it left. To return none of them, to name another, or to raise, is to refuse the
+    session.
+    """
+
+
+@hookspec
+def mabridge_event(event: Event) -> None:
+    """See everything that a worker does, in the event loop: return at once. What is raised is logged."""
+
+
+@hookspec
+def mabridge_register_commands(cli: click.Group) -> None:
+    """Add commands of your own to ``mabridge``, as in ``@cli.command()``. One that is there already stays as it is."""

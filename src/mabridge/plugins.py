@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -26,10 +26,14 @@ from mabridge import hookspecs
 from mabridge.config_problems import problems_in
 from mabridge.errors import ConfigError, PluginError
 from mabridge.hookspecs import PROJECT
+from mabridge.routing import Decision, Route, SessionFacts, route
 from mabridge.sandbox import Provider
 
 if TYPE_CHECKING:
+    import click
+
     from mabridge.config import ProviderConfig
+    from mabridge.observe import Event
 
 __all__ = ["LOAD_PLUGINS", "PluginFailure", "ProviderEntry", "Registry", "make_provider", "registry"]
 
@@ -145,6 +149,7 @@ class Registry:
         try:
             self._plugins.register(plugin, name)
             self._plugins.check_pending()
+            self._refuse_async(plugin)
             self._call_register_hook(plugin, name)
         except BaseException as exc:
             self._providers = before
@@ -168,12 +173,6 @@ class Registry:
         raise ConfigError(f"there is no provider type {name!r}; {hint}{failed}")
 
     def _call_register_hook(self, plugin: object, plugin_name: str) -> None:
-        others = [other for other in self._plugins.get_plugins() if other is not plugin]
-        hook = self._plugins.subset_hook_caller("mabridge_register_providers", others)
-        for implementation in hook.get_hookimpls():
-            if inspect.iscoroutinefunction(implementation.function):
-                raise PluginError("mabridge_register_providers must be a plain function, not async")
-
         def register(
             provider: type[Provider] | str,
             *,
@@ -183,7 +182,60 @@ class Registry:
         ) -> None:
             self._add(provider, plugin=plugin_name, name=name, sdk=sdk, install=install)
 
-        hook(register=register)
+        self._hook_of(plugin, "mabridge_register_providers")(register=register)
+
+    def observers(self) -> list[Callable[[Event], None]]:
+        """Return what is to be called with each event: one a plugin that has `mabridge_event`."""
+        return [
+            lambda event, hook=hook: hook(event=event)  # type: ignore[misc]
+            for _, hook in self._with_hook("mabridge_event")
+        ]
+
+    def decide(self, session: SessionFacts, routes: Sequence[Route]) -> Decision:
+        """Return where a session goes: by the routes, and among what they leave by the plugins' `mabridge_route`."""
+        decision = route(session, routes)
+        for name, hook in self._with_hook("mabridge_route") if decision.providers else ():
+            try:
+                (answer,) = hook(session=session, candidates=decision.providers) or (None,)
+                decision = decision if answer is None else decision.narrowed(by=name, to=answer)
+            except Exception as exc:  # noqa: BLE001 - somebody else's code: the session is refused, not the worker ended
+                _log.exception("the plugin %r failed to route the session %s", name, session.session_id)
+                decision = decision.narrowed(by=name, to=(), why=f"it failed: {exc!r}")
+        return decision
+
+    def add_commands(self, cli: click.Group) -> None:
+        """Add the commands of the plugins to `cli`. A plugin that fails adds nothing, and is among the failures."""
+        import click
+
+        for name, hook in self._with_hook("mabridge_register_commands"):
+            group = click.Group()
+            try:
+                hook(cli=group)
+                for command in sorted(group.commands.keys() & cli.commands.keys()):
+                    raise PluginError(f"it adds the command {command!r}, which is there already")
+            except Exception as exc:  # noqa: BLE001 - somebody else's code: it must harm no other
+                self._failed(name, exc)
+            else:
+                cli.commands.update(group.commands)
+
+    def _with_hook(self, hook: str) -> list[tuple[str, pluggy.HookCaller]]:
+        """Return the plugins that have a hook, the first one installed first, each with what calls it alone."""
+        found = []
+        for name, plugin in self._plugins.list_name_plugin():
+            caller = None if plugin is None else self._hook_of(plugin, hook)
+            if caller is not None and caller.get_hookimpls():
+                found.append((name, caller))
+        return found
+
+    def _hook_of(self, plugin: object, hook: str) -> pluggy.HookCaller:
+        others = [other for other in self._plugins.get_plugins() if other is not plugin]
+        return self._plugins.subset_hook_caller(hook, others)
+
+    def _refuse_async(self, plugin: object) -> None:
+        for hook in self._plugins.get_hookcallers(plugin) or ():
+            for implementation in hook.get_hookimpls():
+                if implementation.plugin is plugin and inspect.iscoroutinefunction(implementation.function):
+                    raise PluginError(f"{hook.name} must be a plain function, not async")
 
     def _add(
         self, provider: type[Provider] | str, *, plugin: str, name: str | None, sdk: str | None, install: str | None

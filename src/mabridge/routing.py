@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -78,20 +78,37 @@ class Decision:
         rule: index of the rule that matched, from 0; ``None`` if none did.
         reason: what that rule asks for, in words; empty if none matched.
         misses: for each rule before that one, why it did not match.
+        choices: what plugins made of it since, each a sentence.
     """
 
     providers: tuple[str, ...]
     rule: int | None
     reason: str
     misses: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+    def narrowed(self, *, by: str, to: Sequence[str], why: str | None = None) -> Decision:
+        """Return this decision with fewer providers, or in another order.
+
+        Args:
+            by: the plugin that says so.
+            to: names of providers, out of `providers`; none refuses the session.
+            why: why there are none.
+        """
+        strange = [name for name in to if name not in self.providers]
+        if isinstance(to, str) or strange:
+            why, to = f"it named {to!r}, and there was {', '.join(self.providers)}", ()
+        said = f"{', then '.join(to)}" if to else f"none{f', for {why}' if why else ''}"
+        choice = f"Of {', '.join(self.providers)} the plugin {by!r} takes {said}."
+        return replace(self, providers=tuple(dict.fromkeys(to)), choices=(*self.choices, choice))
 
     def require(self) -> tuple[str, ...]:
         """Return the providers to try.
 
         Raises:
-            ConfigError: no rule matched; the message says why, rule by rule.
+            ConfigError: no rule matched, or a plugin refused; the message says why.
         """
-        if self.rule is None:
+        if not self.providers:
             raise ConfigError(self.explain())
         return self.providers
 
@@ -100,8 +117,11 @@ class Decision:
         if self.rule is None:
             head = "No route takes this session; add one without conditions to the end of [[routes]]."
         else:
-            head = f"Route {self.rule + 1} ({self.reason}) sends it to {', then '.join(self.providers)}."
-        return "\n".join((head, *(f"Route {i} does not match: {why}." for i, why in enumerate(self.misses, start=1))))
+            to = ", then ".join(self.providers)
+            what = f"sends it to {to}" if to else "takes it, and a plugin refuses it"
+            head = f"Route {self.rule + 1} ({self.reason}) {what}."
+        misses = (f"Route {i} does not match: {why}." for i, why in enumerate(self.misses, start=1))
+        return "\n".join((head, *self.choices, *misses))
 
 
 def route(session: SessionFacts, routes: Sequence[Route]) -> Decision:

@@ -16,6 +16,7 @@ import pytest
 
 _SYSTEM = ("usr", "etc", "opt")
 _LINKS = ("bin", "sbin", "lib", "lib64")
+_INIT = "chmod 1777 /dev/shm; echo up; exec >/dev/null; trap : TERM INT HUP; while :; do sleep 3600 & wait; done"
 _RUN = 'cd -- "$1" 2>/dev/null || { echo "cwd $1: no such directory" >&2; exit 126; }; shift; exec "$@"'
 
 
@@ -63,10 +64,10 @@ class Machine:
                 [
                     *("bwrap", "--unshare-pid", "--unshare-ipc", "--die-with-parent", "--bind", str(self.tree), "/"),
                     *(*binds, "--proc", "/proc", "--dev", "/dev", "--info-fd", str(tells)),
-                    *("sh", "-c", "trap : TERM INT HUP; while :; do sleep 3600 & wait; done"),
+                    *("sh", "-c", _INIT),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 pass_fds=(tells,),
                 start_new_session=True,
                 env={"PATH": os.environ["PATH"]},
@@ -75,6 +76,9 @@ class Machine:
             os.close(tells)
         with open(told, "rb") as info:
             self._pid = json.load(info)["child-pid"]
+        assert self._init.stdout is not None
+        with self._init.stdout as up:
+            up.readline()  # its id is told before its files are in place
 
     def stop(self) -> None:
         """Kill everything in it; the files stay."""

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from mabridge.errors import ConfigError, CreateFailed, NotSupported, SandboxGone, SandboxUnavailable
 from mabridge.providers.docker import DockerMount, DockerOptions, DockerProvider
 from mabridge.sandbox import Sandbox, SandboxSpec
+from mabridge.testing.conformance import new_key, run, sh, wait_for_file
 from tests import images
-from tests.providers.conftest import new_key, run, sh, wait_for_file
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 

@@ -12,7 +12,7 @@ import pytest
 from mabridge.errors import ConfigError, CreateFailed
 from mabridge.providers.local import LocalOptions, LocalProvider
 from mabridge.sandbox import Sandbox, SandboxSpec
-from tests.providers.conftest import living, new_key, sh, wait_for_file
+from mabridge.testing.conformance import living, new_key, sh, wait_for_file
 
 pytestmark = pytest.mark.anyio
 

@@ -43,11 +43,22 @@ class Outcome:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @config_option
 @click.option("--platform/--no-platform", default=True, help="Whether to ask Anthropic's API too.")
+@click.option("--conformance", is_flag=True, help="Put each provider to all the tests of the contract instead.")
+@click.option("--only", metavar="GROUP", multiple=True, help="With --conformance: only this group of tests.")
 @json_option
-def check(names: tuple[str, ...], config_file: str | None, platform: bool, as_json: bool) -> None:
+def check(
+    names: tuple[str, ...],
+    config_file: str | None,
+    platform: bool,
+    conformance: bool,
+    only: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Check the environment key, and each provider by making, using and removing a sandbox.
 
     With NAMEs, only those providers are checked, and the API is not asked.
+
+    With --conformance some dozens of sandboxes are made and removed. It needs pytest: pip install 'mabridge[testing]'.
     """
     import anyio
 
@@ -60,6 +71,11 @@ def check(names: tuple[str, ...], config_file: str | None, platform: bool, as_js
     for name in names:
         if name not in config.providers:
             raise ConfigError(f"there is no provider {name!r} in the configuration{nearest(name, config.providers)}")
+    if conformance:
+        _check_conformance(config, names or tuple(config.providers), only, as_json)
+        return
+    if only:
+        raise click.UsageError("--only goes with --conformance")
     with progress() as tell:
         outcomes = anyio.run(_check_all, config, names, platform and not names, tell)
     if as_json:
@@ -79,6 +95,41 @@ def check(names: tuple[str, ...], config_file: str | None, platform: bool, as_js
             if outcome.error:
                 click.echo(f"mabridge: {outcome.name}: {outcome.error}", err=True)
     if any(outcome.error for outcome in outcomes):
+        raise click.exceptions.Exit(2)
+
+
+def _check_conformance(config: Config, names: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> None:
+    from importlib.util import find_spec
+
+    from mabridge.cli._output import echo_json, progress, seconds, table
+    from mabridge.errors import ConfigError
+    from mabridge.plugins import make_provider
+
+    if find_spec("pytest") is None:
+        raise ConfigError("--conformance needs pytest: pip install 'mabridge[testing]'")
+    from mabridge.cli._conformance import GROUPS, run_conformance
+
+    for group in only:
+        if group not in GROUPS:
+            raise click.BadParameter(f"there is no group {group!r}; there are {', '.join(GROUPS)}", param_hint="--only")
+    for name in names:  # what is wrong with the configuration is told before anything is made
+        make_provider(config.providers[name], name)
+    with progress() as tell:
+        done = {name: run_conformance(config.providers[name], name, groups=only, tell=tell) for name in names}
+    if as_json:
+        echo_json([{"name": name, **vars(report)} for name, reports in done.items() for report in reports])
+    else:
+        rows = [
+            (name, report.group, report.test, seconds(report.seconds), report.outcome, report.why)
+            for name, reports in done.items()
+            for report in reports
+        ]
+        table(("name", "group", "test", "seconds", "", "why"), rows)
+        for name, reports in done.items():
+            counts = {kind: sum(r.outcome == kind for r in reports) for kind in ("passed", "failed", "skipped")}
+            said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+            click.echo(f"mabridge: {name}: {said or 'no test was run'}", err=True)
+    if not all(done.values()) or any(report.outcome == "failed" for reports in done.values() for report in reports):
         raise click.exceptions.Exit(2)
 
 

@@ -1,6 +1,7 @@
-"""What ships for tests: `ControlPlane`, a local Managed Agents platform, and what goes with it.
+"""What ships for tests: `ControlPlane`, a local Managed Agents platform, and `SandboxConformance`, a provider's tests.
 
-Needs Starlette and uvicorn: ``pip install 'mabridge[testing]'``. The names are loaded when first used.
+The one needs Starlette and uvicorn, the other pytest: ``pip install 'mabridge[testing]'``. The names are loaded when
+first used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mabridge.testing.brain import Agent, Brain
     from mabridge.testing.calls import Call, Reply, Results, ToolCall
+    from mabridge.testing.conformance import SandboxConformance
     from mabridge.testing.faults import Fault, RequestRecord
     from mabridge.testing.plane import ControlPlane, Environment
     from mabridge.testing.session import BrainFailed, Session
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "Reply": "calls",
     "RequestRecord": "faults",
     "Results": "calls",
+    "SandboxConformance": "conformance",
     "Session": "session",
     "ToolCall": "calls",
 }
@@ -44,6 +47,7 @@ __all__ = [
     "Reply",
     "RequestRecord",
     "Results",
+    "SandboxConformance",
     "Session",
     "ToolCall",
 ]
@@ -55,7 +59,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - it returns whatever the nam
     try:
         value = getattr(import_module(f"mabridge.testing.{_MODULE_OF[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn"):
+        if error.name is None or error.name.partition(".")[0] not in ("pytest", "starlette", "uvicorn"):
             raise
         raise ImportError(
             f"mabridge.testing.{name} needs {error.name}: pip install 'mabridge[testing]'", name=error.name

@@ -104,9 +104,14 @@ class _Api:
 
     async def heartbeat(self, request: Request) -> Response:
         environment = self._environment(request, "environment_key", "sessions_token")
-        _integer(request, "desired_ttl_seconds", low=1)
-        expected = request.query_params.get("expected_last_heartbeat")
-        return JSONResponse(environment.queue.heartbeat(request.path_params["work_id"], expected=expected))
+        desired = _integer(request, "desired_ttl_seconds", low=1)
+        return JSONResponse(
+            environment.queue.heartbeat(
+                request.path_params["work_id"],
+                expected=request.query_params.get("expected_last_heartbeat"),
+                ttl=desired if self._plane.grants_ttl else None,
+            )
+        )
 
     async def stop(self, request: Request) -> Response:
         environment = self._environment(request, *_ALL)

@@ -45,6 +45,8 @@ class ControlPlane:
 
     Args:
         lease_ttl: seconds that a heartbeat keeps a work item's lease; at least 1.
+        grants_ttl: whether a heartbeat gets the ``desired_ttl_seconds`` that it asks for; it is not known whether the
+            real platform cares.
         lease_from: from when a lease can lapse: the first ``heartbeat``, so that an item which was only acknowledged is
             stuck, or the ``ack``.
         closing_event: the type of the event with which an interrupt closes pending calls, or ``None`` for no event.
@@ -69,6 +71,7 @@ class ControlPlane:
         self,
         *,
         lease_ttl: float = 300.0,
+        grants_ttl: bool = False,
         lease_from: LeaseFrom = "heartbeat",
         closing_event: ClosingEvent = "agent.tool_result",
         vanished: Vanished = "poll_404",
@@ -81,6 +84,7 @@ class ControlPlane:
             raise ValueError("lease_ttl must be at least 1 second: the API tells it in whole seconds")
         self.clock = Clock()
         self.lease_ttl = lease_ttl
+        self.grants_ttl = grants_ttl
         self.lease_from: LeaseFrom = lease_from
         self.closing_event: ClosingEvent = closing_event
         self.vanished: Vanished = vanished

@@ -207,13 +207,14 @@ class WorkQueue:
             item.lease_until = self._clock.monotonic() + self.lease_ttl
         return item
 
-    def heartbeat(self, item_id: str, *, expected: str | None) -> Json:
-        """Claim or extend the lease of an item, and return the answer's body.
+    def heartbeat(self, item_id: str, *, expected: str | None, ttl: float | None = None) -> Json:
+        """Claim or extend the lease of an item, by `ttl` seconds instead of the usual, and return the answer's body.
 
         Raises:
             ApiError: 404; 412 when `expected` is not what is stored, with the lease as it stands.
         """
         item = self.get(item_id)
+        ttl = self.lease_ttl if ttl is None else ttl
         extended = False
         if item.state in ("queued", "starting", "active"):
             stored = item.latest_heartbeat_at or NO_HEARTBEAT
@@ -222,14 +223,16 @@ class WorkQueue:
             item.state = "active"
             item.started_at = item.started_at or self._clock.stamp()
             item.latest_heartbeat_at = self._clock.stamp()
-            item.lease_until = self._clock.monotonic() + self.lease_ttl
+            item.lease_until = self._clock.monotonic() + ttl
             extended = True
+            if ttl < self.lease_ttl:
+                self._notify()  # polls that wait may have less long to wait
         return {
             "type": "work_heartbeat",
             "last_heartbeat": item.latest_heartbeat_at or "",
             "lease_extended": extended,
             "state": item.state,
-            "ttl_seconds": int(self.lease_ttl),
+            "ttl_seconds": int(ttl),
         }
 
     def stop(self, item_id: str, *, force: bool) -> WorkItem:

@@ -1,0 +1,394 @@
+"""The `modal` provider when Modal hurts, what it is asked for, and the whole way through it, on an emulated Modal."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+from modal_proto import api_pb2
+from pydantic import ValidationError
+
+from mabridge import ProviderConfig
+from mabridge.errors import AtCapacity, ConfigError, CreateFailed, NotSupported, SandboxGone, SandboxUnavailable
+from mabridge.identity import sandbox_key
+from mabridge.providers.modal import ModalProvider
+from mabridge.sandbox import EnvVar, Sandbox, SandboxSpec
+from mabridge.testing import Agent, ControlPlane
+from mabridge.testing.conformance.helpers import find, new_spec, run, sh, wait_for_file
+from tests.emulators.modal import Emulator
+from tests.emulators.modal.service import Faults
+from tests.providers.test_modal import options
+from tests.worker.conftest import Serve, environment, local, plane, serve  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = """\
+[worker]
+environment_id = "env_1"
+environment_key = { env = "TEST_KEY" }
+
+[providers.there]
+type = "modal"
+image = "im-emulated"
+connect_timeout = 5
+"""
+
+
+@pytest.fixture(scope="module")
+async def emulator(anyio_backend: str) -> AsyncIterator[Emulator]:
+    async with Emulator() as emulator:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MODAL_SERVER_URL", emulator.url)
+            patch.setenv("MODAL_TOKEN_ID", emulator.token_id)
+            patch.setenv("MODAL_TOKEN_SECRET", emulator.token_secret)
+            yield emulator
+
+
+@pytest.fixture
+def faults(emulator: Emulator) -> AsyncIterator[Faults]:
+    """What goes wrong, until the test is done."""
+    yield emulator.faults
+    emulator.faults.__init__()
+
+
+@pytest.fixture(scope="module")
+async def provider(emulator: Emulator) -> AsyncIterator[ModalProvider]:
+    async with ModalProvider(options(emulator)) as provider:
+        yield provider
+
+
+@pytest.fixture(scope="module")
+async def sandbox(provider: ModalProvider) -> AsyncIterator[Sandbox]:
+    made = await provider.create(new_spec())
+    yield made
+    await made.teardown()
+
+
+async def test_options_reach_modal_as_they_are_named(emulator: Emulator) -> None:
+    asked = options(
+        emulator,
+        image="registry.example.com/team/image:1",
+        cpu=(0.5, 2.0),
+        memory=512,
+        region=("us-east", "eu-west"),
+        timeout=3000,
+        outbound_cidr_allowlist=("10.0.0.0/8",),
+        outbound_domain_allowlist=("example.com",),
+        secrets=("known",),
+        volumes={"/data": "stuff"},
+        env={"MINE": "1", "KEY": EnvVar(env="MODAL_TOKEN_ID")},
+    )
+    async with ModalProvider(asked) as provider:
+        sandbox = await provider.create(new_spec())
+        told = await sh(sandbox, 'echo "$MINE,$KEY,$FROM_SECRET"')
+        await sandbox.teardown()
+    assert told.stdout == b"1,ak-emulated,yes\n"
+    sent = emulator.definitions[-1]
+    assert (sent.resources.milli_cpu, sent.resources.milli_cpu_max, sent.resources.memory_mb) == (500, 2000, 512)
+    assert list(sent.scheduler_placement.regions) == ["us-east", "eu-west"]
+    assert sent.timeout_secs == 3000
+    assert sent.network_access.network_access_type == api_pb2.NetworkAccess.NetworkAccessType.ALLOWLIST
+    assert list(sent.network_access.allowed_cidrs) == ["10.0.0.0/8"]
+    assert list(sent.network_access.allowed_domains) == ["example.com"]
+    assert [(mount.mount_path, mount.volume_id) for mount in sent.volume_mounts] == [("/data", "vo-stuff")]
+    built = emulator.dockerfiles[-1]
+    assert built[0] == "FROM registry.example.com/team/image:1"
+    assert "ENTRYPOINT []" in built, "an image's own first process would run instead"
+
+
+async def test_blocked_network_is_asked_for_as_such(emulator: Emulator) -> None:
+    async with ModalProvider(options(emulator, block_network=True)) as provider:
+        await (await provider.create(new_spec())).teardown()
+    blocked = api_pb2.NetworkAccess.NetworkAccessType.BLOCKED
+    assert emulator.definitions[-1].network_access.network_access_type == blocked
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_network": True, "outbound_cidr_allowlist": ["10.0.0.0/8"]},
+        {"token_secret": None},
+        {"timeout": 86_401},
+        {"env": {"ANTHROPIC_API_KEY": "x"}},
+        {"env": {"A B": "x"}},
+    ],
+)
+def test_options_that_cannot_be_are_refused(emulator: Emulator, wrong: dict[str, object]) -> None:
+    with pytest.raises((ValidationError, ValueError), match=r".+"):
+        options(emulator, **wrong)
+
+
+async def test_missing_secret_is_named(emulator: Emulator) -> None:
+    async with ModalProvider(options(emulator, secrets=("none-such",))) as provider:
+        with pytest.raises(CreateFailed, match="none-such"):
+            await provider.create(new_spec())
+
+
+async def test_ttl_that_modal_cannot_keep_is_refused(emulator: Emulator) -> None:
+    async with ModalProvider(options(emulator, timeout=600)) as provider:
+        with pytest.raises(NotSupported, match="timeout"):
+            await provider.create(new_spec(ttl=700))
+
+
+async def test_working_directory_that_fits_no_tag_is_refused(provider: ModalProvider) -> None:
+    with pytest.raises(ConfigError, match="workdir"):
+        await provider.create(SandboxSpec(key=new_spec().key, workdir="/" + "x" * 60))
+
+
+async def test_image_without_a_shell_is_told_and_leaves_nothing(emulator: Emulator) -> None:
+    spec = new_spec()
+    async with ModalProvider(options(emulator, image="im-bare")) as provider:
+        with pytest.raises(CreateFailed, match="/bin/sh"):
+            await provider.create(spec)
+        assert await provider.attach(spec.key) is None
+
+
+async def test_modals_own_end_is_told(emulator: Emulator) -> None:
+    async with ModalProvider(options(emulator, timeout=2)) as provider:
+        sandbox = await provider.create(new_spec(ttl=2))
+        with anyio.fail_after(30), pytest.raises(SandboxGone):
+            await sh(sandbox, "sleep 40")
+
+
+async def test_end_that_cannot_be_put_off_is_told_once(emulator: Emulator, caplog: pytest.LogCaptureFixture) -> None:
+    async with ModalProvider(options(emulator, timeout=600)) as provider:
+        sandbox = await provider.create(new_spec(ttl=60))
+        with caplog.at_level(logging.WARNING, "mabridge"):
+            await sandbox.keep_alive(60)
+            assert not caplog.records
+            await sandbox.keep_alive(1000)
+            await sandbox.keep_alive(1000)
+        await sandbox.teardown()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "timeout" in caplog.text
+
+
+async def test_rate_limit_is_at_capacity_with_the_time_to_come_back(provider: ModalProvider, faults: Faults) -> None:
+    faults.throttled, faults.retry_after = 1000, 40.0
+    with anyio.fail_after(30), pytest.raises(AtCapacity) as caught:
+        await provider.create(new_spec())
+    assert (caught.value.retry_after, caught.value.retryable) == (40.0, True)
+
+
+async def test_rate_limit_without_a_time_is_at_capacity(provider: ModalProvider, faults: Faults) -> None:
+    faults.throttled, faults.retry_after = 1, None
+    with pytest.raises(AtCapacity) as caught:
+        await provider.create(new_spec())
+    assert caught.value.retry_after is None
+
+
+async def test_short_rate_limit_is_waited_for(provider: ModalProvider, faults: Faults) -> None:
+    faults.throttled, faults.retry_after = 2, 0.2
+    await (await provider.create(new_spec())).teardown()
+
+
+async def test_outage_is_unavailable_and_no_proof_of_absence(provider: ModalProvider, faults: Faults) -> None:
+    faults.unavailable = 1000
+    with pytest.raises(SandboxUnavailable) as caught:
+        await provider.attach(new_spec().key)
+    assert caught.value.retryable
+    with pytest.raises(SandboxUnavailable):
+        _ = [info async for info in provider.list()]
+
+
+async def test_create_whose_answer_was_lost_leaves_nothing(provider: ModalProvider, faults: Faults) -> None:
+    spec = new_spec()
+    faults.lose_create = True
+    with pytest.raises(SandboxUnavailable):
+        await provider.create(spec)
+    assert await find(provider, spec.key) is None
+
+
+async def test_failed_create_spares_the_sandbox_that_was_there(
+    emulator: Emulator, provider: ModalProvider, faults: Faults
+) -> None:
+    spec = new_spec()
+    sandbox = await provider.create(spec)
+    async with ModalProvider(options(emulator, secrets=("none-such",))) as other:
+        with pytest.raises(CreateFailed):
+            await other.create(spec)
+    assert await provider.attach(spec.key) is not None
+    await sandbox.teardown()
+
+
+async def test_slow_start_is_waited_for_and_can_be_cancelled(provider: ModalProvider, faults: Faults) -> None:
+    faults.slow_start = 1.0
+    sandbox = await provider.create(new_spec())
+    assert (await run(sandbox, "pwd")).stdout == b"/workspace\n"
+    await sandbox.teardown()
+    faults.slow_start = 60.0
+    spec = new_spec()
+    with anyio.move_on_after(1) as scope:
+        await provider.create(spec)
+    assert scope.cancelled_caught
+    assert await find(provider, spec.key) is None
+
+
+async def test_output_is_whole_though_connections_break(emulator: Emulator, sandbox: Sandbox) -> None:
+    data = hashlib.sha256(b"x").digest() * 20_000
+    await sandbox.write_file("data", data)
+    results = []
+
+    async def call() -> None:
+        piece = "dd if=data bs=128000 skip=$((n - 1)) count=1 2>/dev/null; echo > at.$n; sleep 1"
+        script = f"for n in 1 2 3 4 5; do {piece}; done"
+        results.append(await sh(sandbox, script, max_output=len(data)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call)
+        for number in (1, 3):
+            await wait_for_file(sandbox, f"at.{number}")
+            await emulator.break_connections()
+    assert (results[0].exit_code, results[0].stdout) == (0, data)
+
+
+async def test_command_is_not_run_again_though_connections_break(emulator: Emulator, sandbox: Sandbox) -> None:
+    async def call() -> None:
+        assert (await sh(sandbox, "echo x >> runs; sleep 2; exit 9")).exit_code == 9
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call)
+        await wait_for_file(sandbox, "runs")
+        await emulator.break_connections()
+    assert await sandbox.read_file("runs", max_bytes=100) == b"x\n"
+
+
+async def test_process_goes_on_though_connections_break(emulator: Emulator, sandbox: Sandbox) -> None:
+    process = await sandbox.open_process(["cat"])
+    for data in (b"one", b"two", b"three"):
+        await process.send(data)
+        with anyio.fail_after(30):
+            assert await process.receive() == data
+        await emulator.break_connections()
+    await process.aclose()
+
+
+async def test_process_whose_connection_stays_broken_is_told(
+    emulator: Emulator, sandbox: Sandbox, faults: Faults
+) -> None:
+    process = await sandbox.open_process(["cat"])
+    faults.unavailable = 10_000
+    await emulator.break_connections()
+    with anyio.fail_after(60), pytest.raises(SandboxUnavailable) as caught:
+        await process.receive()
+    assert caught.value.retryable
+    faults.unavailable = 0
+    await process.aclose()
+    assert (await run(sandbox, "true")).exit_code == 0
+
+
+async def test_long_arguments_pass_exactly_and_leave_stdin_alone(sandbox: Sandbox) -> None:
+    """More than the SDK takes, so they go another way."""
+    args = ["x" * 70_000, "new\nline\n", "it's $HOME `id`", "", "\\n", " é ☃ "]
+    script = 'for a; do printf "%s\\0" "$a"; done; echo "${MAB_ARGV-unset}"; cat'
+    for stdin, expected in ((None, b""), (b"in\nput\n", b"in\nput\n")):
+        result = await sh(sandbox, script, *args, stdin=stdin)
+        assert result.stdout == "".join(f"{arg}\0" for arg in args).encode() + b"unset\n" + expected
+
+
+async def test_forged_end_of_output_is_output(sandbox: Sandbox) -> None:
+    """The mark is a secret of one call's: others of its shape mean nothing."""
+    forged = b"\x1e" + b"0" * 32 + b"0\x1e"
+    result = await sh(sandbox, "cat; exit 7", stdin=forged * 3)
+    assert (result.exit_code, result.stdout) == (7, forged * 3)
+
+
+async def test_end_is_known_though_the_shell_beside_the_command_was_killed(sandbox: Sandbox) -> None:
+    with anyio.fail_after(30):
+        result = await sh(sandbox, "sleep 40 & echo out; kill -9 $PPID; sleep 1; echo more")
+    assert (result.exit_code, result.timed_out) == (137, False)
+    assert result.stdout.startswith(b"out\n")
+
+
+async def test_whole_way_with_hands_and_a_worker_that_dies(emulator: Emulator, serve: Serve) -> None:  # noqa: F811
+    config = ProviderConfig(
+        type="modal",
+        options={
+            "image": emulator.image_id,
+            "token_id": {"env": "MODAL_TOKEN_ID"},
+            "token_secret": {"env": "MODAL_TOKEN_SECRET"},
+        },
+        when_done="teardown",
+    )
+    seen: list[str] = []
+
+    async def brain(agent: Agent) -> None:
+        await agent.call("write", {"file_path": "notes.txt", "content": "one\ntwo\n"})
+        await agent.call("bash", {"command": "X=kept; cd /"})
+        script = "cd /workspace; echo ran >> runs; until [ -e go ]; do sleep 0.1; done; cat runs; echo $X"
+        seen.append((await agent.call("bash", {"command": script})).text)
+        seen.append((await agent.call("read", {"file_path": "notes.txt"})).text)
+
+    async with ControlPlane(lease_ttl=2.0) as plane:  # noqa: F811
+        environment = plane.create_environment()
+        async with ModalProvider(options(emulator)) as watcher:
+            async with serve({"p": config}, environment=environment, clean_up=False):
+                session = environment.create_session(brain, message="go")
+                key = sandbox_key(environment.id, session.id)
+                with anyio.fail_after(60):
+                    while (sandbox := await watcher.attach(key)) is None:  # noqa: ASYNC110 - nobody says so
+                        await anyio.sleep(0.05)
+                await wait_for_file(sandbox, "/workspace/runs")
+            async with serve({"p": config}, environment=environment) as second:
+                await second.until("sandbox.attached")
+                await sandbox.write_file("/workspace/go", b"")
+                await session.wait_idle(timeout=60)
+                await second.until("session.released")
+            assert await watcher.attach(key) is None
+    assert seen == ["ran\nkept", "one\ntwo\n"]
+
+
+async def check(tmp_path: Path, *python: str, **changes: str) -> tuple[int, str]:
+    """Run ``mabridge check there`` in a process of its own; return its exit code and what it said."""
+    (tmp_path / "mabridge.toml").write_text(CONFIG)
+    kept = {name: os.environ[name] for name in ("PATH", "MODAL_SERVER_URL", "MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET")}
+    env = {**kept, "HOME": str(tmp_path), "COLUMNS": "200", **changes}
+    command = [sys.executable, *(python or ("-m", "mabridge.cli")), "check", "there"]
+    with anyio.fail_after(60):
+        done = await anyio.run_process(command, cwd=tmp_path, env=env, check=False)
+    return done.returncode, done.stderr.decode()
+
+
+async def test_check_passes_by_the_command_line(emulator: Emulator, tmp_path: Path) -> None:
+    assert (await check(tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MODAL_TOKEN_SECRET": "wrong"}, "token"),
+        ({"MODAL_TOKEN_ID": "", "MODAL_TOKEN_SECRET": ""}, "modal token new"),
+        ({"MODAL_SERVER_URL": "http://127.0.0.1:9"}, "could not be reached"),
+    ],
+)
+async def test_check_says_in_one_line_what_is_wrong(
+    emulator: Emulator, tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    code, stderr = await check(tmp_path, **changes)
+    assert code == 2
+    assert said in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert "as-" not in stderr, "the secret was told"
+
+
+async def test_check_without_the_sdk_says_what_to_install(emulator: Emulator, tmp_path: Path) -> None:
+    without = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == "modal" or name.startswith("modal."):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Without())
+from mabridge.cli import main
+main()
+"""
+    code, stderr = await check(tmp_path, "-c", without)
+    assert code == 2
+    assert "pip install 'mabridge[modal]'" in stderr
+    assert len(stderr.strip().splitlines()) == 1
