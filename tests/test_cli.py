@@ -265,6 +265,21 @@ async def start(directory: Path, environment: Environment) -> AsyncIterator[anyi
 
 
 @pytest.mark.anyio
+async def test_list_says_when_a_worker_last_had_to_do_with_a_sandbox(environment, tmp_path, command: Run) -> None:
+    write_config(tmp_path, environment=environment.id, url=environment.plane.url)
+    session = environment.create_session(quiet)
+    environment.queue.stop(session.id, force=True)
+    async with LocalProvider(LocalOptions(root=tmp_path / "root")) as provider:
+        labels = sandbox_labels(environment.id, session.id)
+        await provider.create(SandboxSpec(key=sandbox_key(environment.id, session.id), labels=labels))
+    (row,) = json.loads((await command("ls", "--json", key=environment.key)).stdout)["sandboxes"]
+    assert 0 <= row["last_active"] < 60
+    done = await command("ls", key="sk-ant-oat01-wrong")
+    assert done.stdout.startswith(b"mab")
+    assert b"anthropic could not be listed" in done.stderr
+
+
+@pytest.mark.anyio
 async def test_sandboxes_are_listed_used_and_removed(tmp_path: Path, command: Run) -> None:
     write_config(tmp_path)
     key = sandbox_key("env_1", "sesn_1")
@@ -276,6 +291,7 @@ async def test_sandboxes_are_listed_used_and_removed(tmp_path: Path, command: Ru
     (row,) = json.loads((await command("ls", "--json")).stdout)["sandboxes"]
     assert (row["key"], row["session"], row["providers"]) == (key, "sesn_1", ["here"])
 
+    assert row["last_active"] is None  # without a key nobody was asked
     done = await command("exec", key, "--", "sh", "-c", "printf 'a\\377b'; echo oops >&2; exit 7")
     assert (done.returncode, done.stdout, done.stderr) == (7, b"a\xffb", b"oops\n")
     done = await command("exec", "-i", "sesn_1", "--", "cat", "-", input=b"given\0")

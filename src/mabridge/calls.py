@@ -16,6 +16,7 @@ from mabridge.control_plane.queue import ClaimedWork
 from mabridge.control_plane.stream import send_result
 from mabridge.errors import MabridgeError, SandboxError, SandboxGone
 from mabridge.observe import Event, EventName, Observers
+from mabridge.telemetry import call_span, fail
 from mabridge.tools import SandboxTools, ToolResult
 from mabridge.workplace import Workplace
 
@@ -131,6 +132,18 @@ class Calls:
                 tasks.start_soon(self._send, call, _error(text))
 
     async def _run(self, call: ToolCall) -> None:
+        with call_span(
+            tool=call.name,
+            call_id=call.id,
+            session_id=self._work.session_id,
+            work_id=self._work.work_id,
+            thread=call.thread,
+        ) as span:
+            if await self._run_and_send(call):
+                fail(span, "tool_error")
+
+    async def _run_and_send(self, call: ToolCall) -> bool:
+        """Return whether the result is an error."""
         started = anyio.current_time()
         running = self._running[call.id]
         self._emit("call.started", call, input=call.input)
@@ -144,6 +157,7 @@ class Calls:
         await self._accepted(call, running)
         del self._running[call.id]
         self._one_ended.set()
+        return result.is_error
 
     async def _result(self, call: ToolCall, running: _Running) -> ToolResult:
         """Run the call, whatever comes of it: a failure of the sandbox, or of ours, is an answer too."""

@@ -35,6 +35,11 @@ class WorkerConfig(BaseModel):
         max_sessions: sessions served at once; no more are claimed.
         max_idle: seconds that a session is kept after its agent has ended its turn.
         create_timeout: seconds after which calls are answered with an error if no provider can give a sandbox.
+        drain_timeout: seconds that running calls get to end once the worker was told to stop; what runs on goes on in
+            its sandbox, and another worker sends its result.
+        reap_interval: seconds between two looks for what dead workers left: sandboxes that nobody has any use for, and
+            work items that were taken and never claimed. 0 is never to look.
+        reap_grace: seconds that those are left alone, at least.
         workdir: absolute path, in each sandbox, of the directory the agent works in.
     """
 
@@ -47,6 +52,9 @@ class WorkerConfig(BaseModel):
     max_sessions: int = Field(default=20, ge=1)
     max_idle: float = Field(default=60.0, ge=0)
     create_timeout: float = Field(default=120.0, gt=0)
+    drain_timeout: float = Field(default=25.0, ge=0)
+    reap_interval: float = Field(default=300.0, ge=0)
+    reap_grace: float = Field(default=300.0, ge=0)
     workdir: str = "/workspace"
 
     @field_validator("workdir")
@@ -78,17 +86,23 @@ class ProviderConfig(BaseModel):
     Attributes:
         type: the type of provider, such as ``docker``; ``mabridge providers`` lists them.
         options: its options, as `Provider.Options` of that type has them. In TOML they stand beside ``type``.
-        when_done: what becomes of the sandbox at the end of a session: ``keep`` leaves it for the session's next
-            message, until ``ttl`` has passed; ``teardown`` removes it at once.
+        when_done: what becomes of the sandbox when a session has come to rest: ``keep`` leaves it for the session's
+            next message; ``suspend`` stops it meanwhile, with its disk kept, where the provider can; ``teardown``
+            removes it at once. That of a session that was terminated or deleted is removed in any case.
         ttl: seconds after which the sandbox removes itself, counted from the last sign of life of its worker.
+        idle_ttl: seconds that a kept or suspended sandbox waits for its session's next message before it is removed;
+            `ttl` by default.
+        max_sandboxes: how many sandboxes a worker has here at once; by default as many as it has sessions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: str
     options: Mapping[str, Any] = Field(default_factory=dict)
-    when_done: Literal["keep", "teardown"] = "keep"
+    when_done: Literal["keep", "suspend", "teardown"] = "keep"
     ttl: float = Field(default=3600.0, gt=0)
+    idle_ttl: float | None = Field(default=None, gt=0)
+    max_sandboxes: int | None = Field(default=None, ge=1)
 
 
 class Config(BaseModel):
@@ -164,11 +178,15 @@ def parse_config(text: str, *, file: str = DEFAULT_FILE, providers: Registry | N
     return config
 
 
+# What stands beside ``type`` and is not the provider's own.
+_OURS = ("type", "when_done", "ttl", "idle_ttl", "max_sandboxes")
+
+
 def _with_options(table: object) -> object:
     """Put what is the provider's own into ``options``, where `ProviderConfig` has it."""
     if not isinstance(table, dict):
         return table
-    ours = {key: value for key, value in table.items() if key in ("type", "when_done", "ttl")}
+    ours = {key: value for key, value in table.items() if key in _OURS}
     return {**ours, "options": {key: value for key, value in table.items() if key not in ours}}
 
 
@@ -185,7 +203,7 @@ def _provider_problems(data: Mapping[str, Any], types: Registry) -> Iterator[Pro
         try:
             options.model_validate(table["options"])
         except ValidationError as exc:
-            yield from problems_in(exc, options, at=("providers", name), also=("type", "when_done", "ttl"))
+            yield from problems_in(exc, options, at=("providers", name), also=_OURS)
 
 
 def _route_problems(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -14,19 +14,29 @@ EventName = Literal[
     "worker.started",  # it claims from now on
     "worker.draining",  # it claims no more, and ends once its sessions have
     "worker.stopped",
+    "worker.key_rejected",  # it claims no more; the sessions that it serves are served on
     "poll.failed",  # the queue could not be read; it is tried again
     "session.claimed",  # its lease is ours
     "session.routed",  # which providers may serve it
     "session.refused",  # its calls are answered with an error, for the reason given
     "session.released",  # we are done with it
+    "session.handed_over",  # we were told to stop: whoever claims it next goes on with it
     "session.lost",  # its lease is someone else's now: nothing more was done for it
-    "session.failed",  # a fault of ours or the platform's ended it
+    "session.failed",  # a fault of ours or the platform's: its open calls were answered with an error
+    "session.given_up",  # it failed again and again; it is offered to others when its lease has lapsed
     "sandbox.created",
     "sandbox.attached",  # it was there already
+    "sandbox.fell_back",  # it was made by a later provider of the route, for the earlier ones failed
     "sandbox.failed",  # this provider could not give one; the next is tried
     "sandbox.gone",  # it was lost under way
     "sandbox.removed",
     "sandbox.kept",
+    "sandbox.suspended",
+    "sandbox.left",  # it could not be put away, and is left to its time-out
+    "sandbox.reaped",  # nobody had any more use for it
+    "reap.failed",  # the sweep was ended, or one sandbox could not be removed
+    "provider.down",  # it does not answer, and is left alone for a while
+    "provider.up",  # it answers again
     "skill.installed",
     "skill.failed",
     "call.started",
@@ -88,7 +98,8 @@ Observer = Callable[[Event], None]
 
 _log = logging.getLogger("mabridge.events")
 _WARNINGS: frozenset[EventName] = frozenset(
-    {"poll.failed", "session.failed", "session.lost", "session.refused", "sandbox.failed", "sandbox.gone",
+    {"poll.failed", "worker.key_rejected", "session.failed", "session.given_up", "session.lost", "session.refused",
+     "sandbox.failed", "sandbox.fell_back", "sandbox.gone", "sandbox.left", "reap.failed", "provider.down",
      "skill.failed", "call.refused"}
 )  # fmt: skip
 

@@ -149,14 +149,17 @@ class Sandbox(ABC):
         background does not hold the call.
 
         Args:
-            argv: the program and its arguments, passed on exactly: no shell reads them.
+            argv: the program and its arguments, passed on exactly: no shell reads them. A program that is not there
+                is exit code 127, and one that cannot be executed 126, as a shell has it.
             stdin: its whole standard input; ``None`` is an empty one.
-            cwd: absolute path; `workdir` if not given.
+            cwd: absolute path; `workdir` if not given. If there is no such directory, nothing runs: exit code 126.
             env: variables added to the sandbox's own.
             timeout: seconds after which it is killed, with everything it started.
             max_output: bytes kept of each output stream.
 
         Raises:
+            ValueError: this can be no command: `argv` is empty, its program begins with ``-``, or there is a NUL in it;
+                or `env` has a name that is not a variable's.
             SandboxGone: the sandbox is definitely absent.
             SandboxUnavailable: it could not be reached, or the connection broke: it may have run.
             OutOfMemory: the sandbox ran out of memory.
@@ -282,6 +285,18 @@ class Provider(ABC):
         Raises:
             SandboxUnavailable: the list could not be read whole. A part is never passed off as the whole.
         """
+
+    async def remove(self, info: SandboxInfo) -> None:
+        """Remove the very sandbox that `list` told of, in whatever state it is. Gone already is success.
+
+        By default it is attached to and torn down, which an adapter can do without waking it.
+
+        Raises:
+            SandboxError: it may still be there.
+        """
+        sandbox = await self.attach(info.key)
+        if sandbox is not None and sandbox.id == info.id:
+            await sandbox.teardown()
 
     @abstractmethod
     async def check(self) -> None:

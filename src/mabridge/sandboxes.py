@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import anyio
 
-from mabridge.errors import CreateFailed, MabridgeError, SandboxError
+from mabridge.breaker import Breaker
+from mabridge.config import ProviderConfig
+from mabridge.errors import AtCapacity, CreateFailed, MabridgeError, SandboxError, SandboxUnavailable
 from mabridge.identity import sandbox_key, sandbox_labels
-from mabridge.observe import Event, Observers
-from mabridge.sandbox import Provider, Sandbox, SandboxSpec
+from mabridge.observe import Event, EventName, Observers
+from mabridge.plugins import make_provider
+from mabridge.sandbox import Provider, Sandbox, SandboxSpec, SupportsSuspend
+from mabridge.telemetry import sandbox_span
 
 __all__ = ["Held", "NamedProvider", "Sandboxes"]
 
 _log = logging.getLogger(__name__)
 
-_ATTACH_DEADLINE = 60.0
+WhenDone = Literal["keep", "suspend", "teardown"]
+
+_ATTACH_DEADLINE = 30.0
 _TEARDOWN_DEADLINE = 60.0
+_CREATE_GRACE = 10.0
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
+_STRAY_PAUSE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +42,38 @@ class NamedProvider:
         provider: the adapter, entered.
         when_done: what becomes of a sandbox when its session is done with.
         ttl: seconds that a sandbox outlives its worker.
+        idle_ttl: seconds that it is kept for its session's next message; ``ttl`` by default.
+        max_sandboxes: sessions that may have a sandbox here at once, of this worker; ``None`` is no limit.
     """
 
     name: str
     provider: Provider
-    when_done: Literal["keep", "teardown"] = "keep"
+    when_done: WhenDone = "keep"
     ttl: float = 3600.0
+    idle_ttl: float | None = None
+    max_sandboxes: int | None = None
+
+    @classmethod
+    def configured(cls, name: str, config: ProviderConfig) -> NamedProvider:
+        """Return the instance that `config` describes; its provider is still to be entered.
+
+        Raises:
+            ConfigError: the configuration is wrong.
+            PluginError: the provider's class cannot be loaded.
+        """
+        return cls(
+            name=name,
+            provider=make_provider(config, name),
+            when_done=config.when_done,
+            ttl=config.ttl,
+            idle_ttl=config.idle_ttl,
+            max_sandboxes=config.max_sandboxes,
+        )
+
+    @property
+    def kept_for(self) -> float:
+        """Seconds that a sandbox is kept for its session's next message."""
+        return self.ttl if self.idle_ttl is None else self.idle_ttl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +81,50 @@ class Held:
     """The sandbox that a session has.
 
     Attributes:
+        key: its key.
         sandbox: ready for use.
         by: its provider.
         created: it was made just now, so its file system is fresh.
+        strays: providers that failed to make it and may have made one all the same.
     """
 
+    key: str
     sandbox: Sandbox
     by: NamedProvider
     created: bool
+    strays: tuple[NamedProvider, ...] = ()
+
+
+async def _whole(create: Awaitable[Sandbox], *, timeout: float) -> Sandbox:
+    """Cut a create off after `timeout` seconds; if the caller is cancelled before, after `_CREATE_GRACE`.
+
+    The caller is cancelled when its lease is lost. The next worker may have found the sandbox by then, and an adapter
+    whose create is cut off removes what it was making.
+    """
+    caught: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        shielded = anyio.CancelScope(shield=True)
+
+        async def limit() -> None:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                shielded.deadline = anyio.current_time() + _CREATE_GRACE
+
+        tasks.start_soon(limit)
+        with shielded:
+            try:
+                with anyio.fail_after(timeout):
+                    return await create
+            except Exception as error:  # noqa: BLE001 - raised again outside, where no group is made of it
+                caught = error
+            finally:
+                tasks.cancel_scope.cancel()
+    if caught is not None:
+        raise caught
+    # It was cut off, for the caller is cancelled: that is delivered here.
+    await anyio.sleep_forever()
+    raise AssertionError("nothing comes after being cancelled")
 
 
 class Sandboxes:
@@ -82,41 +152,82 @@ class Sandboxes:
         self._workdir = workdir
         self._observers = observers
         self._create_timeout = create_timeout
+        self._breakers = {name: Breaker() for name in providers}
+        self._full_until = dict.fromkeys(providers, 0.0)
+        self._places: dict[str, set[str]] = {name: set() for name in providers}
+        self._freed = anyio.Event()
 
-    async def obtain(self, session_id: str, names: Sequence[str]) -> Held:
+    @property
+    def room(self) -> int | None:
+        """How many sessions can have a sandbox at once, over all providers; ``None`` is no limit."""
+        limits = [named.max_sandboxes for named in self._providers.values()]
+        known = [limit for limit in limits if limit is not None]
+        return sum(known) if len(known) == len(limits) else None
+
+    async def obtain(
+        self, session_id: str, names: Sequence[str], *, lived_before: Callable[[], Awaitable[bool]]
+    ) -> Held:
         """Return the session's sandbox: the one it has, else one made by the first of `names` that can.
+
+        Args:
+            session_id: the session.
+            names: the providers it may be at, in the order in which they are tried.
+            lived_before: tells whether calls of the session were run before. If so, and a provider cannot say whether
+                it has the sandbox, no other is made elsewhere: the session would lose its files.
 
         Raises:
             CreateFailed: none of them could, until the deadline; says for each of them why not.
         """
+        with sandbox_span(session_id) as span:
+            held = await self._obtain(session_id, names, lived_before)
+            span.set_attributes({"mabridge.provider": held.by.name, "mabridge.sandbox.id": held.sandbox.id})
+            return held
+
+    async def _obtain(self, session_id: str, names: Sequence[str], lived_before: Callable[[], Awaitable[bool]]) -> Held:
         pause = _FIRST_PAUSE
         deadline = anyio.current_time() + self._create_timeout
         while True:
             failures: dict[str, MabridgeError] = {}
-            for attempt in (self._attach, self._create):
-                for name in names:
-                    held = await attempt(session_id, self._providers[name], deadline, failures)
-                    if held is not None:
-                        return held
-            retryable = any(isinstance(error, SandboxError) and error.retryable for error in failures.values())
-            waits = [e.retry_after for e in failures.values() if isinstance(e, SandboxError) and e.retry_after]
-            pause_now = max(pause, min(waits, default=0.0))
-            if not retryable or anyio.current_time() + pause_now >= deadline:
+            held = await self._find(session_id, names, deadline, failures)
+            if held is None and not (failures and await lived_before()):
+                held = await self._make(session_id, names, deadline, failures)
+            if held is not None:
+                return held
+            errors = [error for error in failures.values() if isinstance(error, SandboxError)]
+            pause_now = max(pause, min((e.retry_after for e in errors if e.retry_after), default=0.0))
+            left = deadline - anyio.current_time()
+            if not any(error.retryable for error in errors) or left <= _FIRST_PAUSE:
                 reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
                 raise CreateFailed(f"no sandbox could be had: {reasons}", provider=",".join(names), op="create")
-            await anyio.sleep(pause_now)
+            with anyio.move_on_after(min(pause_now, left - _FIRST_PAUSE / 2)):
+                await self._freed.wait()
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    async def keep_alive(self, held: Held) -> None:
-        """Put off the sandbox's own end again and again, until cancelled."""
-        while True:
-            try:
-                with anyio.fail_after(_ATTACH_DEADLINE):
-                    await held.sandbox.keep_alive(held.by.ttl)
-                await anyio.sleep(held.by.ttl / 3)
-            except (SandboxError, TimeoutError) as error:
-                _log.warning("sandbox %s could not be kept alive: %s", held.sandbox.id, error or "no answer")
-                await anyio.sleep(held.by.ttl / 12)
+    def release(self, session_id: str) -> None:
+        """Say that a session is not served here any more, so that its place at its provider is free."""
+        for name, sessions in self._places.items():
+            if session_id in sessions:
+                sessions.discard(session_id)
+                if self._providers[name].max_sandboxes is not None:
+                    self._freed.set()
+                    self._freed = anyio.Event()
+
+    async def tend(self, held: Held) -> None:
+        """Keep the sandbox from ending by itself, and remove what a failed create may have left, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            for named in held.strays:
+                tasks.start_soon(self._remove_stray, named, held)
+            # One that was made just now has all its time before it.
+            await anyio.sleep(held.by.ttl / 3 if held.created else 0.0)
+            while True:
+                pause = held.by.ttl / 3
+                try:
+                    with _ours(held.by, "keep_alive"), anyio.fail_after(_ATTACH_DEADLINE):
+                        await held.sandbox.keep_alive(held.by.ttl)
+                except (MabridgeError, TimeoutError) as error:
+                    _log.warning("sandbox %s could not be kept alive: %s", held.sandbox.id, error or "no answer")
+                    pause = held.by.ttl / 12
+                await anyio.sleep(pause)
 
     async def put_away(self, session_id: str, held: Held, *, for_good: bool) -> None:
         """Do with a session's sandbox what its provider's ``when_done`` says. Never raises.
@@ -126,76 +237,178 @@ class Sandboxes:
             held: its sandbox.
             for_good: the session has ended, so that nothing will ever ask for its sandbox again.
         """
-        event = partial(Event, session_id=session_id, provider=held.by.name, sandbox_id=held.sandbox.id)
-        if held.by.when_done == "keep" and not for_good:
-            self._observers.emit(event(name="sandbox.kept"))
-            return
+        done: EventName = "sandbox.kept"
+        reason = None
         with anyio.CancelScope(shield=True), anyio.move_on_after(_TEARDOWN_DEADLINE) as scope:
             try:
-                await held.sandbox.teardown()
-                self._observers.emit(event(name="sandbox.removed"))
-            except SandboxError as error:
-                _log.warning("sandbox %s was not removed, and is left to its time-out: %s", held.sandbox.id, error)
+                with _ours(held.by, "put away"):
+                    if for_good or held.by.when_done == "teardown":
+                        await held.sandbox.teardown()
+                        done = "sandbox.removed"
+                    elif held.by.when_done == "suspend" and isinstance(held.sandbox, SupportsSuspend):
+                        await held.sandbox.suspend()
+                        done = "sandbox.suspended"
+                    elif held.by.when_done == "suspend":
+                        reason = f"{held.by.provider.type} cannot suspend it"
+                    elif held.by.idle_ttl is not None:
+                        await held.sandbox.keep_alive(held.by.idle_ttl)
+            except MabridgeError as error:
+                done, reason = "sandbox.left", str(error)
         if scope.cancelled_caught:
-            _log.warning("sandbox %s was not removed in time, and is left to its time-out", held.sandbox.id)
+            done, reason = "sandbox.left", "no answer in time"
+        self._emit(done, session_id, held.by, sandbox_id=held.sandbox.id, reason=reason)
 
-    async def _attach(
-        self, session_id: str, by: NamedProvider, deadline: float, failures: dict[str, MabridgeError]
+    async def _find(
+        self, session_id: str, names: Sequence[str], deadline: float, failures: dict[str, MabridgeError]
     ) -> Held | None:
         key = sandbox_key(self._environment_id, session_id)
-        started = anyio.current_time()
-        try:
-            with anyio.fail_after(min(_ATTACH_DEADLINE, max(deadline - started, 1.0))):
-                sandbox = await by.provider.attach(key)
-        except (MabridgeError, TimeoutError) as error:
-            self._failed(session_id, by, error, failures)
-            return None
-        if sandbox is None:
-            return None
-        return self._got("sandbox.attached", session_id, Held(sandbox=sandbox, by=by, created=False), started)
+        for index, name in enumerate(names):
+            by, started = self._providers[name], anyio.current_time()
+            # Each gets its share of the time, and making one as well: what hangs must leave some to the others.
+            share = max((deadline - started) / (len(names) - index + 1), 1.0)
+            try:
+                with self._answering(by, "attach", min(_ATTACH_DEADLINE, share)):
+                    sandbox = await by.provider.attach(key)
+            except MabridgeError as error:
+                self._failed(session_id, by, error, failures)
+                continue
+            if sandbox is not None:
+                self._places[name].add(session_id)
+                self._emit("sandbox.attached", session_id, by, sandbox_id=sandbox.id, started=started)
+                return Held(key=key, sandbox=sandbox, by=by, created=False)
+        return None
 
-    async def _create(
-        self, session_id: str, by: NamedProvider, deadline: float, failures: dict[str, MabridgeError]
+    async def _make(
+        self, session_id: str, names: Sequence[str], deadline: float, failures: dict[str, MabridgeError]
     ) -> Held | None:
-        if by.name in failures:
-            return None
-        spec = SandboxSpec(
+        strays: list[NamedProvider] = []
+        candidates = [name for name in names if name not in failures]
+        for index, name in enumerate(candidates):
+            by, started = self._providers[name], anyio.current_time()
+            try:
+                with self._place(session_id, by):
+                    share = max((deadline - started) / (len(candidates) - index), 1.0)
+                    spec = self._spec(session_id, by)
+                    with self._answering(by, "create", float("inf")):
+                        sandbox = await _whole(by.provider.create(spec), timeout=share)
+            except MabridgeError as error:
+                if isinstance(error, SandboxUnavailable):
+                    strays.append(by)
+                if isinstance(error, AtCapacity) and error.retry_after:
+                    self._full_until[name] = anyio.current_time() + error.retry_after
+                self._failed(session_id, by, error, failures)
+                continue
+            if failures:
+                reason = "; ".join(f"{other}: {error}" for other, error in failures.items())
+                self._emit("sandbox.fell_back", session_id, by, sandbox_id=sandbox.id, reason=reason)
+            self._emit("sandbox.created", session_id, by, sandbox_id=sandbox.id, started=started)
+            return Held(key=spec.key, sandbox=sandbox, by=by, created=True, strays=tuple(strays))
+        return None
+
+    def _spec(self, session_id: str, by: NamedProvider) -> SandboxSpec:
+        return SandboxSpec(
             key=sandbox_key(self._environment_id, session_id),
             labels=sandbox_labels(self._environment_id, session_id),
             workdir=self._workdir,
             ttl=by.ttl,
         )
-        started = anyio.current_time()
-        try:
-            with anyio.fail_after(max(deadline - started, 1.0)):
-                sandbox = await by.provider.create(spec)
-        except (MabridgeError, TimeoutError) as error:
-            self._failed(session_id, by, error, failures)
-            return None
-        return self._got("sandbox.created", session_id, Held(sandbox=sandbox, by=by, created=True), started)
 
-    def _got(
-        self, name: Literal["sandbox.attached", "sandbox.created"], session_id: str, held: Held, started: float
-    ) -> Held:
+    @contextmanager
+    def _place(self, session_id: str, by: NamedProvider) -> Iterator[None]:
+        """Hold a place at a provider while a sandbox is made, and keep it if that succeeds."""
+        taken = self._places[by.name]
+        if by.max_sandboxes is not None and session_id not in taken and len(taken) >= by.max_sandboxes:
+            message = f"all {by.max_sandboxes} that max_sandboxes allows are in use"
+            raise AtCapacity(message, provider=by.provider.type, op="create")
+        left = self._full_until[by.name] - anyio.current_time()
+        if left > 0:
+            message = f"it has no room, and said to ask again in {left:.0f} s"
+            raise AtCapacity(message, provider=by.provider.type, op="create", retry_after=left)
+        taken.add(session_id)
+        try:
+            yield
+        except BaseException:
+            taken.discard(session_id)
+            raise
+
+    @contextmanager
+    def _answering(self, by: NamedProvider, op: str, timeout: float) -> Iterator[None]:
+        """Give the provider `timeout` seconds to answer, unless it has not answered for some time."""
+        breaker = self._breakers[by.name]
+        left = breaker.wait(anyio.current_time())
+        if left > 0:
+            message = f"it is left alone for {left:.0f} s more, since it did not answer: {breaker.last}"
+            raise SandboxUnavailable(message, provider=by.provider.type, op=op, retry_after=left)
+        try:
+            with _ours(by, op), anyio.fail_after(timeout):
+                yield
+        except (SandboxUnavailable, TimeoutError) as caught:
+            error = caught if isinstance(caught, SandboxUnavailable) else None
+            error = error or SandboxUnavailable("no answer in time", provider=by.provider.type, op=op)
+            if breaker.failed(str(error), anyio.current_time()):
+                self._observers.emit(Event(name="provider.down", provider=by.name, reason=str(error)))
+            raise error from caught.__cause__
+        except MabridgeError:
+            breaker.succeeded()
+            raise
+        if breaker.tripped:
+            self._observers.emit(Event(name="provider.up", provider=by.name))
+        breaker.succeeded()
+
+    async def _remove_stray(self, by: NamedProvider, held: Held) -> None:
+        """Look until it is known whether a create that failed left a sandbox behind, and remove it."""
+        pause = _STRAY_PAUSE
+        # Two instances may well be at one place, where the same key is the same sandbox.
+        same_place = by.provider.type == held.by.provider.type
+        while True:
+            await anyio.sleep(pause)
+            try:
+                with _ours(by, "attach"), anyio.fail_after(_ATTACH_DEADLINE):
+                    stray = await by.provider.attach(held.key)
+                    if stray is not None and not (same_place and stray.id == held.sandbox.id):
+                        await stray.teardown()
+                return
+            except (MabridgeError, TimeoutError) as error:
+                _log.info("%s may have a second sandbox of a session, and cannot be asked: %s", by.name, error)
+                pause = min(pause * 2, _LONGEST_PAUSE * 4)
+
+    def _failed(
+        self, session_id: str, by: NamedProvider, error: MabridgeError, failures: dict[str, MabridgeError]
+    ) -> None:
+        failures[by.name] = error
+        self._emit("sandbox.failed", session_id, by, reason=str(error))
+
+    def _emit(
+        self,
+        name: EventName,
+        session_id: str,
+        by: NamedProvider,
+        *,
+        sandbox_id: str | None = None,
+        reason: str | None = None,
+        started: float | None = None,
+    ) -> None:
+        seconds = None if started is None else anyio.current_time() - started
         self._observers.emit(
             Event(
                 name=name,
                 session_id=session_id,
-                provider=held.by.name,
-                sandbox_id=held.sandbox.id,
-                seconds=anyio.current_time() - started,
+                provider=by.name,
+                sandbox_id=sandbox_id,
+                reason=reason,
+                seconds=seconds,
             )
         )
-        return held
 
-    def _failed(
-        self,
-        session_id: str,
-        by: NamedProvider,
-        error: MabridgeError | TimeoutError,
-        failures: dict[str, MabridgeError],
-    ) -> None:
-        if isinstance(error, TimeoutError):
-            error = SandboxError("no answer in time", provider=by.provider.type, op="create", retryable=True)
-        failures[by.name] = error
-        self._observers.emit(Event(name="sandbox.failed", session_id=session_id, provider=by.name, reason=str(error)))
+
+@contextmanager
+def _ours(by: NamedProvider, op: str) -> Iterator[None]:
+    """Make an error of ours out of whatever an adapter lets through: a fault of its own must not end a session."""
+    try:
+        yield
+    except (MabridgeError, TimeoutError):
+        raise
+    except Exception as error:
+        _log.exception("%s (%s) failed in its own code", by.name, by.provider.type)
+        message = f"the provider failed in its own code ({type(error).__name__})"
+        raise SandboxError(message, provider=by.provider.type, op=op) from error

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from mabridge.errors import MabridgeError, first_error
+from mabridge.errors import MabridgeError, SandboxGone, first_error
 from mabridge.hands import Hands
 from mabridge.sandbox import Sandbox
 from mabridge.sandboxes import Held, Sandboxes
@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 # After a failure, calls are told of it for this long before another attempt is made.
 _FAILURE_STANDS = 15.0
+_VANISHED_AT_MOST = 2
 
 
 class Workplace:
@@ -31,6 +32,7 @@ class Workplace:
         session_id: the session.
         providers: names of the providers to try, in order.
         furnish: puts what belongs to the session into a sandbox before anything is run there.
+        lived_before: tells whether calls of the session were run before; see `Sandboxes.obtain`.
         limits: of the tools.
     """
 
@@ -41,12 +43,14 @@ class Workplace:
         session_id: str,
         providers: Sequence[str],
         furnish: Callable[[Sandbox], Awaitable[None]],
+        lived_before: Callable[[], Awaitable[bool]],
         limits: ToolLimits,
     ) -> None:
         self._sandboxes = sandboxes
         self._session_id = session_id
         self._providers = providers
         self._furnish = furnish
+        self._lived_before = lived_before
         self._limits = limits
         self._wanted = anyio.Event()
         self._lost = anyio.Event()
@@ -87,6 +91,7 @@ class Workplace:
 
     async def run(self) -> None:
         """Keep the sandbox, whenever one is wanted, until cancelled."""
+        vanished = 0
         while True:
             await self._wanted.wait()
             failure: MabridgeError | None = None
@@ -94,6 +99,14 @@ class Workplace:
                 await self._keep_one()
             except* MabridgeError as group:
                 failure = first_error(group)
+            except* Exception as group:  # noqa: BLE001 - no fault of ours may end the session
+                _log.exception("the sandbox of session %s could not be used", self._session_id)
+                failure = MabridgeError(f"the worker failed in its own code ({type(first_error(group)).__name__})")
+            if isinstance(failure, SandboxGone) and not self._lost.is_set() and vanished < _VANISHED_AT_MOST:
+                # It went before anything was run in it: such as one that its last worker was just removing.
+                vanished += 1
+                continue
+            vanished = 0
             if failure is not None and not self._lost.is_set():
                 await self._change(failure=failure)
                 await anyio.sleep(_FAILURE_STANDS)
@@ -101,18 +114,21 @@ class Workplace:
             await self._change()
 
     async def _keep_one(self) -> None:
-        held = await self._sandboxes.obtain(self._session_id, self._providers)
+        held = await self._sandboxes.obtain(self._session_id, self._providers, lived_before=self._has_lived)
         self.held = held
         self.fresh_untold = held.created
         self.replaced = self._made > 0
-        self._made += 1
         _log.debug("session %s works in sandbox %s", self._session_id, held.sandbox.id)
         async with Hands(held.sandbox) as hands, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._sandboxes.keep_alive, held)
+            tasks.start_soon(self._sandboxes.tend, held)
             await self._furnish(held.sandbox)
+            self._made += 1
             await self._change(tools=SandboxTools(held.sandbox, hands, limits=self._limits))
             await self._lost.wait()
             tasks.cancel_scope.cancel()
+
+    async def _has_lived(self) -> bool:
+        return self._made > 0 or await self._lived_before()
 
     async def _change(self, *, tools: SandboxTools | None = None, failure: MabridgeError | None = None) -> None:
         async with self._changed:

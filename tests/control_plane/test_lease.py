@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
+from anthropic import AsyncAnthropic
 
 from mabridge.control_plane.lease import Lease, LeaseEnd
 from mabridge.control_plane.queue import ClaimedWork, WorkQueue
@@ -114,3 +115,52 @@ async def test_worker_that_slept_through_its_lease_knows_before_it_acts(work: Cl
     await anyio.sleep(2.1)
     with pytest.raises(LeaseLost, match="no heartbeat got through"):
         lease.check()
+
+
+async def test_lease_that_is_handed_over_is_free_at_once_where_the_platform_grants_it():
+    async with ControlPlane(grants_ttl=True) as plane:
+        environment = plane.create_environment()
+        async with AsyncAnthropic(base_url=plane.url, api_key="x") as own:
+            queue = WorkQueue(own, environment_id=environment.id, environment_key=environment.key, worker_id="w")
+            environment.create_session(no_brain)
+            work = await queue.poll()
+            assert work is not None
+            await work.acknowledge()
+            async with kept(work) as lease:
+                assert await lease.hand_over(only_if_soon=True)
+                assert lease.end is LeaseEnd.HANDED_OVER
+                assert lease.end.lost
+            await plane.wait_until(lambda: environment.queue.get(work.work_id).state == "queued", timeout=5)
+
+
+async def test_lease_is_kept_where_the_platform_grants_no_shorter_one():
+    async with ControlPlane(lease_ttl=300) as plane:
+        environment = plane.create_environment()
+        async with AsyncAnthropic(base_url=plane.url, api_key="x") as own:
+            queue = WorkQueue(own, environment_id=environment.id, environment_key=environment.key, worker_id="w")
+            environment.create_session(no_brain)
+            work = await queue.poll()
+            assert work is not None
+            await work.acknowledge()
+            async with kept(work) as lease:
+                assert not await lease.hand_over(only_if_soon=True)
+                assert lease.end is None
+                assert not await lease.hand_over(only_if_soon=False)
+                assert lease.end is LeaseEnd.HANDED_OVER
+
+
+async def test_heartbeats_that_meet_are_sent_one_after_the_other(work: ClaimedWork, plane: ControlPlane):
+    """Two that echo one and the same heartbeat would cost the lease."""
+    async with kept(work) as lease:
+        plane.faults.add(Fault(path="/heartbeat$", delay=0.3, times=None))
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(lease._beat)
+        assert lease.end is None
+
+
+async def test_lease_that_is_not_extended_has_ended(work: ClaimedWork, plane: ControlPlane):
+    async with kept(work) as lease:
+        answer = {"type": "work_heartbeat", "last_heartbeat": "x", "lease_extended": False, "state": "active"}
+        plane.faults.add(Fault(path="/heartbeat$", status=200, body={**answer, "ttl_seconds": 2}))
+        assert await ended(lease) is LeaseEnd.STOP_REQUESTED

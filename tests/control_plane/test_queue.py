@@ -135,3 +135,48 @@ async def test_work_is_not_shown_with_its_token(queue: WorkQueue, environment: E
     environment.create_session(no_brain)
     work = await queue.poll()
     assert repr(work) == f"ClaimedWork({work.work_id})"
+
+
+async def test_items_of_no_use_are_taken_out_of_the_queue_and_not_served(queue: WorkQueue, environment: Environment):
+    no_data = environment.queue.add("work_1", {}, has_secret=False)
+    no_id = environment.queue.add("work_2", {"type": "session"}, has_secret=False)
+    strange = environment.queue.add("work_3", {"type": "session", "id": "../../etc"}, has_secret=False)
+    for _ in range(3):
+        assert await queue.poll() is None
+    assert {no_data.state, no_id.state, strange.state} == {"stopped"}
+
+
+async def test_items_that_are_not_ours_are_neither_served_nor_touched(
+    queue: WorkQueue, environment: Environment, plane: ControlPlane
+):
+    foreign = environment.queue.add("work_1", {"type": "session", "id": "sesn_1"}, has_secret=False)
+    foreign.environment_id = "env_other"
+    environment.queue.add("../../../v1/agents", {"type": "session", "id": "sesn_2"}, has_secret=False)
+    for _ in range(2):
+        assert await queue.poll() is None
+    assert {record.path.rsplit("/", 1)[-1] for record in plane.requests} == {"poll"}
+
+
+async def test_item_that_was_taken_and_never_claimed_is_found(queue: WorkQueue, environment: Environment):
+    for _ in range(3):
+        environment.create_session(no_brain)
+    taken, claimed = await queue.poll(), await queue.poll()
+    assert taken is not None
+    assert claimed is not None
+    await taken.acknowledge()
+    await claimed.acknowledge()
+    await claimed.heartbeat("NO_HEARTBEAT")
+    assert [work.session_id for work in await queue.unclaimed(longer_than=0)] == [taken.session_id]
+    assert not await queue.unclaimed(longer_than=60)
+
+
+async def test_item_that_is_not_ours_any_more_is_not_stopped(
+    queue: WorkQueue, plane: ControlPlane, environment: Environment
+):
+    environment.create_session(no_brain)
+    work = await queue.poll()
+    assert work is not None
+    await work.acknowledge()
+    fault = plane.faults.add(Fault(path="/stop$", status=503))
+    await work.stop(still_ours=lambda: not fault.hits)
+    assert environment.queue.get(work.work_id).state == "starting"

@@ -11,6 +11,7 @@ from mabridge.cli._common import Group, debug_option
 from mabridge.cli.check import check
 from mabridge.cli.demo import demo
 from mabridge.cli.providers import providers
+from mabridge.cli.reap import reap
 from mabridge.cli.route import route
 from mabridge.cli.run import run
 from mabridge.cli.sandboxes import exec_, ls, rm
@@ -27,5 +28,5 @@ def main() -> None:
     logging.getLogger("mabridge").addHandler(logging.NullHandler())
 
 
-for command in (run, demo, providers, check, route, ls, rm, exec_):
+for command in (run, demo, providers, check, route, ls, rm, reap, exec_):
     main.add_command(command)

@@ -62,7 +62,32 @@ class UserError(click.ClickException):
 
 
 class Group(click.Group):
-    """A group of commands that tells expected errors without a traceback. An error of our own keeps its traceback."""
+    """The group of all commands: ours and those of plugins.
+
+    It tells expected errors without a traceback. An error of our own keeps its traceback.
+    """
+
+    _loaded = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        self._load_plugins()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command. Plugins are loaded only for one that is not ours."""
+        if cmd_name not in self.commands:
+            self._load_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def _load_plugins(self) -> None:
+        from importlib.metadata import entry_points
+
+        if not self._loaded and entry_points(group="mabridge"):
+            self._loaded = True
+            from mabridge.plugins import registry
+
+            registry().add_commands(self)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
         """Invoke the command."""

@@ -13,12 +13,12 @@ __all__ = ["connect"]
 
 
 def connect(worker: WorkerConfig) -> AsyncAnthropic:
-    """Return a client that authenticates with the environment key, and with no other credential.
+    """Return a client that authenticates with the environment key, with connections for all of its sessions.
 
     Raises:
         ConfigError: the key's environment variable is not set.
     """
     key = worker.environment_key.read()
-    from anthropic import AsyncAnthropic
+    from mabridge.control_plane.client import make_client
 
-    return AsyncAnthropic(auth_token=key, base_url=worker.base_url, max_retries=1, timeout=20.0)
+    return make_client(key=key, base_url=worker.base_url, sessions=worker.max_sessions)

@@ -27,8 +27,8 @@ def route(
 
     from mabridge.cli._output import echo_json
     from mabridge.config import load_config
+    from mabridge.plugins import registry
     from mabridge.routing import SessionFacts
-    from mabridge.routing import route as decide
 
     if session_id and (metadata or agent):
         raise click.UsageError("give --session alone, or --metadata and --agent")
@@ -37,12 +37,12 @@ def route(
         facts = anyio.run(_ask, config, session_id)
     else:
         facts = SessionFacts(metadata=dict(map(_pair, metadata)), agent_name=agent)
-    decision = decide(facts, config.routes)
+    decision = registry().decide(facts, config.routes)
     if as_json:
         echo_json({"providers": decision.providers, "route": decision.rule, "explanation": decision.explain()})
     else:
         click.echo(decision.explain())
-    if decision.rule is None:
+    if not decision.providers:
         raise click.exceptions.Exit(2)
 
 

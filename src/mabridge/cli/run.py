@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def run(config_file: str | None, max_sessions: int | None, log_level: str, log_format: str) -> None:
     """Claim sessions and serve them, until told to stop.
 
-    SIGTERM or Ctrl-C: no more sessions are claimed, and those that run are finished. Again: stop at once; the
-    sessions go on at another worker.
+    SIGTERM or Ctrl-C: no more sessions are claimed, calls that run get drain_timeout to end, and sessions that go on
+    are handed over to other workers. Again: stop at once; the sessions go on at another worker when their leases lapse.
     """
     import anyio
 
@@ -63,7 +63,7 @@ async def _obey_signals(worker: Worker, scope: anyio.CancelScope, *, task_status
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         number = await anext(signals)
-        log.warning("%s: finishing what runs, claiming no more; again to stop at once", number.name)
+        log.warning("%s: finishing what runs, or handing it over; claiming no more; again to stop at once", number.name)
         worker.drain()
         number = await anext(signals)
         log.warning("%s again: stopping at once", number.name)

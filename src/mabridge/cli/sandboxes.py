@@ -27,26 +27,33 @@ Listed = dict[tuple[str, str], "tuple[list[str], SandboxInfo]"]
 @config_option
 @json_option
 def ls(config_file: str | None, as_json: bool) -> None:
-    """List the sandboxes of every configured provider."""
+    """List the sandboxes of every configured provider.
+
+    With the environment key at hand, the platform is asked when a worker last had to do with each.
+    """
     import anyio
 
     from mabridge.cli._output import echo_json, seconds, table
     from mabridge.config import load_config
     from mabridge.identity import SESSION_LABEL
 
-    listed, failures = anyio.run(_list, load_config(config_file))
+    config = load_config(config_file)
+    listed, failures = anyio.run(_list, config)
+    active = anyio.run(_last_active, config, failures) if listed else {}
     if as_json:
-        echo_json({"sandboxes": [_row(names, info) for names, info in listed.values()], "failures": failures})
+        rows = [_row(names, info, active.get(info.labels.get(SESSION_LABEL, ""))) for names, info in listed.values()]
+        echo_json({"sandboxes": rows, "failures": failures})
     else:
         table(
-            ("key", "session", "provider", "state", "age", "id"),
+            ("key", "session", "provider", "state", "age", "last active", "id"),
             [
                 (
                     info.key,
                     info.labels.get(SESSION_LABEL),
                     ",".join(names),
                     info.state,
-                    seconds(_age(info)),
+                    seconds(_age(info.created_at)),
+                    seconds(_age(active.get(info.labels.get(SESSION_LABEL, "")))),
                     info.id[-40:],
                 )
                 for names, info in listed.values()
@@ -105,11 +112,11 @@ def exec_(key: str, argv: tuple[str, ...], with_stdin: bool, timeout: float, con
     raise click.exceptions.Exit(124 if result.exit_code is None else result.exit_code)
 
 
-def _age(info: SandboxInfo) -> float | None:
-    return (datetime.now(UTC) - info.created_at).total_seconds() if info.created_at else None
+def _age(since: datetime | None) -> float | None:
+    return (datetime.now(UTC) - since).total_seconds() if since else None
 
 
-def _row(names: list[str], info: SandboxInfo) -> dict[str, object]:
+def _row(names: list[str], info: SandboxInfo, active: datetime | None) -> dict[str, object]:
     from mabridge.identity import ENVIRONMENT_LABEL, SESSION_LABEL
 
     return {
@@ -119,7 +126,8 @@ def _row(names: list[str], info: SandboxInfo) -> dict[str, object]:
         "state": info.state,
         "session": info.labels.get(SESSION_LABEL),
         "environment": info.labels.get(ENVIRONMENT_LABEL),
-        "age": _age(info),
+        "age": _age(info.created_at),
+        "last_active": _age(active),
     }
 
 
@@ -154,6 +162,33 @@ async def _list(config: Config) -> tuple[Listed, dict[str, str]]:
             # Two entries of one type may well see the same sandboxes.
             listed.setdefault((entry.type, info.id), ([], info))[0].append(name)
     return listed, failures
+
+
+async def _last_active(config: Config, failures: dict[str, str]) -> dict[str, datetime]:
+    """Return when a worker last had to do with each session, as far as the platform can be asked and tells."""
+    import os
+
+    if not os.environ.get(config.worker.environment_key.env):
+        return {}
+    from mabridge.cli._platform import connect
+    from mabridge.control_plane.queue import WorkQueue
+
+    try:
+        async with connect(config.worker) as client:
+            queue = WorkQueue(
+                client,
+                environment_id=config.worker.read_environment_id(),
+                environment_key=config.worker.environment_key.read(),
+                worker_id="mabridge-ls",
+            )
+            statuses = await queue.statuses()
+    except Exception as exc:
+        reason = "no answer in time" if isinstance(exc, TimeoutError) else explain(exc)
+        if reason is None:
+            raise
+        failures["anthropic"] = reason
+        return {}
+    return {session: status.last_active for session, status in statuses.items() if status.last_active is not None}
 
 
 @asynccontextmanager

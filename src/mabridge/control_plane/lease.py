@@ -7,6 +7,7 @@ time of the one before, and a 412 says that this chain is not the item's any mor
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Mapping
 
 import anyio
@@ -23,6 +24,13 @@ _SHORTEST_INTERVAL = 0.2
 _FIRST_RETRY = 0.1
 # Assumed until the platform has told; its default is 300 s.
 _TTL_BEFORE_FIRST_BEAT = 60.0
+_BEAT_DEADLINE = 10.0
+# A lease that is let go lapses after this long, if the platform grants so little.
+_LAST_TTL = 1
+_LAST_TRIES = 3
+_SOON = 15.0
+# It goes on while the machine is suspended, where the system has such a clock: a lease lapses meanwhile all the same.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class LeaseEnd(enum.Enum):
@@ -33,11 +41,12 @@ class LeaseEnd(enum.Enum):
     TAKEN = "the work item was given to someone else"
     LAPSED = "no heartbeat got through for as long as the lease lasts"
     REJECTED = "the platform rejected a heartbeat"
+    HANDED_OVER = "the session was handed over to whoever claims it next"
 
     @property
     def lost(self) -> bool:
         """Whether the item may be someone else's now, so that it must not be touched."""
-        return self in (LeaseEnd.TAKEN, LeaseEnd.LAPSED)
+        return self in (LeaseEnd.TAKEN, LeaseEnd.LAPSED, LeaseEnd.HANDED_OVER)
 
 
 class Lease:
@@ -51,15 +60,17 @@ class Lease:
         self._work = work
         self._last = _NO_HEARTBEAT
         self._ttl = _TTL_BEFORE_FIRST_BEAT
-        self._held_since = anyio.current_time()
+        self._held_since = _now()
         self._outcome_unknown = False
+        # Each heartbeat echoes the one before: two at once would be taken for two workers.
+        self._beating = anyio.Lock()
         self._end: LeaseEnd | None = None
         self.ended = anyio.Event()
 
     @property
     def end(self) -> LeaseEnd | None:
         """Why it ended, or ``None`` while it is ours."""
-        if self._end is None and anyio.current_time() - self._held_since >= self._ttl:
+        if self._end is None and _now() - self._held_since >= self._ttl:
             self.finish(LeaseEnd.LAPSED)
         return self._end
 
@@ -99,6 +110,25 @@ class Lease:
             await self._pause(self._interval)
             await self._beat_until_answered()
 
+    async def hand_over(self, *, only_if_soon: bool) -> bool:
+        """Ask for the lease to lapse at once, so that the item is offered again, and end it here.
+
+        The platform may grant a shorter time than usual (``desired_ttl_seconds``), or not care; its answer tells.
+
+        Args:
+            only_if_soon: keep the lease unless it lapses soon.
+
+        Returns:
+            whether it lapses soon.
+        """
+        answered = False
+        for _ in range(_LAST_TRIES):
+            answered = answered or (self.end is None and await self._beat(_LAST_TTL))
+        soon = answered and self._end is None and self._ttl <= _SOON
+        if soon or not only_if_soon:
+            self.finish(LeaseEnd.HANDED_OVER)
+        return soon
+
     async def _beat_until_answered(self) -> None:
         # One that failed is sent again soon: to wait a whole interval could cost the lease.
         pause = _FIRST_RETRY
@@ -114,13 +144,17 @@ class Lease:
         with anyio.move_on_after(seconds):
             await self.ended.wait()
 
-    async def _beat(self) -> bool:
+    async def _beat(self, desired_ttl: int | None = None) -> bool:
         """Send one heartbeat and take note of the answer; ``False`` if it is worth sending again."""
-        sent_at = anyio.current_time()
+        async with self._beating:
+            return self.end is not None or await self._send_beat(desired_ttl)
+
+    async def _send_beat(self, desired_ttl: int | None) -> bool:
+        sent_at = _now()
         try:
             # One that is never answered must not eat up the lease.
-            with anyio.fail_after(min(self._interval, 10.0)):
-                answer = await self._work.heartbeat(self._last)
+            with anyio.fail_after(min(self._interval, _BEAT_DEADLINE)):
+                answer = await self._work.heartbeat(self._last, desired_ttl=desired_ttl)
         except APIStatusError as error:
             if error.status_code == 412:
                 return self._precondition_failed(error)
@@ -156,6 +190,10 @@ class Lease:
             return False
         self.finish(LeaseEnd.TAKEN)
         return True
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)
 
 
 def _current_state(error: APIStatusError) -> Mapping[str, object]:

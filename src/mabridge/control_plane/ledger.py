@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Action", "Answer", "Cancel", "Finish", "Hold", "Ledger", "Run", "Skip", "ToolCall"]
+__all__ = ["RESULT_FIELDS", "Action", "Answer", "Cancel", "Finish", "Hold", "Ledger", "Run", "Skip", "ToolCall"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +104,13 @@ class _Entry:
     cancelled: bool = False
 
 
-_RESULTS = {
+RESULT_FIELDS = {
     "user.tool_result": "tool_use_id",
     "agent.tool_result": "tool_use_id",
     "user.custom_tool_result": "custom_tool_use_id",
 }
+"""The types of event that answer a call, each with the field that names the call."""
+
 # They say nothing of whether the agent is at work: the SDK's runner leaves its idle clock alone for them as well.
 _NEUTRAL = frozenset({"user.tool_confirmation", "session.thread_status_terminated"})
 
@@ -183,8 +185,8 @@ class Ledger:
             self._primary_thread = None if thread in self._child_threads else thread
         if kind in ("agent.tool_use", "agent.custom_tool_use"):
             self._tool_use(event, custom=kind == "agent.custom_tool_use")
-        elif kind in _RESULTS:
-            self._answered_by_anyone(str(getattr(event, _RESULTS[kind], "")), now)
+        elif kind in RESULT_FIELDS:
+            self._answered_by_anyone(str(getattr(event, RESULT_FIELDS[kind], "")), now)
         elif kind == "user.tool_confirmation":
             self._confirmation(event, now)
         elif kind == "user.interrupt":
@@ -207,6 +209,10 @@ class Ledger:
     def settled(self, call_id: str, now: float) -> None:
         """The result of a call was accepted, or refused for good."""
         self._close(self._entries[call_id], now)
+
+    def hurry(self) -> None:
+        """From now on the session is done with as soon as it is idle."""
+        self._max_idle = 0.0
 
     # ---- out
 
@@ -235,6 +241,10 @@ class Ledger:
     def is_open(self, call_id: str) -> bool:
         """Whether a result for the call is still wanted, as far as is known."""
         return self._entries[call_id].state is not _State.CLOSED
+
+    def at_work(self) -> bool:
+        """Whether a call runs, is about to, or has a result on its way; not one that waits for permission."""
+        return any(entry.state not in (_State.CLOSED, _State.HELD) for entry in self._entries.values())
 
     def open_calls(self) -> Iterator[ToolCall]:
         """Yield the calls of ours that nobody has answered, the held ones included."""

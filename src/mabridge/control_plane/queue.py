@@ -11,6 +11,8 @@ import binascii
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
@@ -23,7 +25,7 @@ from mabridge.identity import is_safe_id
 if TYPE_CHECKING:
     from anthropic.types.beta.environments import BetaSelfHostedWorkHeartbeatResponse
 
-__all__ = ["ClaimedWork", "WorkQueue", "is_transient", "worth_repeating"]
+__all__ = ["ClaimedWork", "SessionStatus", "WorkQueue", "WorkStatus", "is_transient", "worth_repeating"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ _POLL_DEADLINE = 15.0
 # An item that is not acknowledged within 5 s is offered to others.
 _ACK_DEADLINE = 4.0
 _STOP_DEADLINE = 15.0
+_READ_DEADLINE = 30.0
+_ITEMS_A_PAGE = 100
 
 
 def is_transient(error: APIError) -> bool:
@@ -48,6 +52,46 @@ def worth_repeating(error: Exception) -> bool:
     if isinstance(error, APIStatusError) and error.status_code == 409:
         return False
     return isinstance(error, APIError) and is_transient(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkStatus:
+    """Where the work item of a session stands.
+
+    Attributes:
+        item: the item.
+        state: ``queued``, ``starting``, ``active``, ``stopping`` or ``stopped``.
+        last_active: when a worker last had to do with it, as far as the platform tells.
+        unclaimed_since: it was acknowledged then, and there was no heartbeat for it ever since.
+    """
+
+    item: object = field(repr=False)
+    state: str
+    last_active: datetime | None = None
+    unclaimed_since: datetime | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether a worker has it, or one will."""
+        return self.state != "stopped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionStatus:
+    """Where a session stands.
+
+    Attributes:
+        status: ``idle``, ``running``, ``rescheduling``, ``terminated``, or ``deleted``.
+        updated_at: when it last changed, unless it is deleted.
+    """
+
+    status: str
+    updated_at: datetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will ever be run for it again."""
+        return self.status in ("terminated", "deleted")
 
 
 class WorkQueue:
@@ -101,6 +145,57 @@ class WorkQueue:
             await work.stop()
         return None
 
+    async def statuses(self) -> dict[str, WorkStatus]:
+        """Return where every work item of the environment stands, by the id of its session.
+
+        Raises:
+            APIError: the list could not be read whole. Claude Platform on AWS has none.
+            TimeoutError: likewise.
+        """
+        found: dict[str, WorkStatus] = {}
+        with anyio.fail_after(_READ_DEADLINE * 4):
+            async for item in self.client.beta.environments.work.list(
+                self.environment_id, limit=_ITEMS_A_PAGE, timeout=_READ_DEADLINE
+            ):
+                session_id = _text(getattr(item, "data", None), "id")
+                if is_safe_id(session_id) and (session_id not in found or not found[session_id].live):
+                    found[session_id] = _status(item)
+        return found
+
+    async def unclaimed(self, *, longer_than: float) -> list[ClaimedWork]:
+        """Return the items that somebody acknowledged and never claimed the lease of, and never will.
+
+        That is what a worker leaves that dies between the two. Such an item is offered to nobody, and has no lease that
+        could lapse; but its first heartbeat may come from anyone.
+
+        Args:
+            longer_than: seconds that it must have been so.
+
+        Raises:
+            APIError: the list could not be read whole.
+            TimeoutError: likewise.
+        """
+        now = datetime.now(UTC)
+        return [
+            ClaimedWork(self, status.item)
+            for status in (await self.statuses()).values()
+            if status.unclaimed_since is not None and (now - status.unclaimed_since).total_seconds() > longer_than
+        ]
+
+    async def session_status(self, session_id: str) -> SessionStatus:
+        """Return where a session stands.
+
+        Raises:
+            APIError: the platform could not be asked.
+        """
+        try:
+            session = await self.client.beta.sessions.retrieve(session_id, timeout=_READ_DEADLINE)
+        except APIStatusError as error:
+            if error.status_code == 404:
+                return SessionStatus(status="deleted")
+            raise
+        return SessionStatus(status=session.status, updated_at=session.updated_at)
+
     def _explained(self, error: APIStatusError) -> ConfigError | None:
         if error.status_code in (401, 403):
             return ConfigError(
@@ -123,10 +218,10 @@ class ClaimedWork:
     def __init__(self, queue: WorkQueue, item: object) -> None:
         self._queue = queue
         data = getattr(item, "data", None)
-        self.work_id = str(getattr(item, "id", ""))
-        self.environment_id = str(getattr(item, "environment_id", ""))
+        self.work_id = _text(item, "id")
+        self.environment_id = _text(item, "environment_id")
         self.kind = str(getattr(data, "type", None))
-        self.session_id = str(getattr(data, "id", ""))
+        self.session_id = _text(data, "id")
         token = _sessions_token(getattr(item, "secret", None))
         self._item_client = _bearer(queue.client, token) if token else None
 
@@ -187,26 +282,69 @@ class ClaimedWork:
             with attempt:
                 await work.ack(self.work_id, environment_id=self.environment_id, timeout=_ACK_DEADLINE)
 
-    async def heartbeat(self, expected: str) -> BetaSelfHostedWorkHeartbeatResponse:
-        """Send one heartbeat; `expected` is the time of the one before, or ``NO_HEARTBEAT``."""
+    async def heartbeat(self, expected: str, *, desired_ttl: int | None = None) -> BetaSelfHostedWorkHeartbeatResponse:
+        """Send one heartbeat.
+
+        Args:
+            expected: the time of the one before, or ``NO_HEARTBEAT``.
+            desired_ttl: seconds that the lease should last; ``None`` leaves it to the platform.
+        """
         return await self.request(
             lambda client: client.beta.environments.work.heartbeat(
-                self.work_id, environment_id=self.environment_id, expected_last_heartbeat=expected
+                self.work_id,
+                environment_id=self.environment_id,
+                expected_last_heartbeat=expected,
+                desired_ttl_seconds=omit if desired_ttl is None else desired_ttl,
             )
         )
 
-    async def stop(self) -> None:
-        """Say that we are done with the item. Never raises: what cannot be stopped lapses with its lease."""
-        work = self.client.beta.environments.work
+    async def stop(self, *, still_ours: Callable[[], bool] = lambda: True) -> None:
+        """Say that we are done with the item. Never raises: what cannot be stopped lapses with its lease.
+
+        Args:
+            still_ours: asked before each try; an item that is someone else's by now is not stopped.
+        """
         try:
             async for attempt in stamina.retry_context(on=worth_repeating, attempts=5, timeout=_STOP_DEADLINE):
                 with attempt:
-                    await work.stop(
-                        self.work_id, environment_id=self.environment_id, force=True, timeout=_STOP_DEADLINE / 3
+                    if not still_ours():
+                        return
+                    await self.request(
+                        lambda client: client.beta.environments.work.stop(
+                            self.work_id, environment_id=self.environment_id, force=True, timeout=_STOP_DEADLINE / 3
+                        )
                     )
         except APIError as error:
             if not (isinstance(error, APIStatusError) and error.status_code == 409):  # it was stopped already
                 _log.warning("work item %s could not be stopped: %s", self.work_id, error.message)
+
+
+def _text(item: object, name: str) -> str:
+    """Return a field that should be a text; empty if it is missing, or anything else."""
+    value = getattr(item, name, None)
+    return value if isinstance(value, str) else ""
+
+
+def _status(item: object) -> WorkStatus:
+    state = str(getattr(item, "state", ""))
+    times = {
+        name: _time(getattr(item, name, None)) for name in ("acknowledged_at", "latest_heartbeat_at", "stopped_at")
+    }
+    unclaimed = state == "starting" and times["latest_heartbeat_at"] is None
+    return WorkStatus(
+        item=item,
+        state=state,
+        last_active=max((time for time in times.values() if time is not None), default=None),
+        unclaimed_since=times["acknowledged_at"] if unclaimed else None,
+    )
+
+
+def _time(text: object) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return time if time is None or time.tzinfo is not None else None
 
 
 def _bearer(client: AsyncAnthropic, token: str) -> AsyncAnthropic:

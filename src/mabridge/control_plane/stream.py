@@ -17,12 +17,13 @@ import stamina
 from anthropic import APIError, APIStatusError
 
 from mabridge.control_plane.lease import Lease
+from mabridge.control_plane.ledger import RESULT_FIELDS
 from mabridge.control_plane.queue import ClaimedWork, is_transient, worth_repeating
 
 if TYPE_CHECKING:
     from anthropic.types.beta import BetaManagedAgentsSession
 
-__all__ = ["SessionUnreachable", "Sink", "fetch_session", "follow", "send_result"]
+__all__ = ["SessionUnreachable", "Sink", "answer_open_calls", "fetch_session", "follow", "send_result"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,16 @@ _MOST_CONFLICTS = 4
 
 
 class SessionUnreachable(Exception):
-    """The platform refuses the session's events for good: it is gone, or the credentials are not good for it."""
+    """The platform refuses the session's events for good.
+
+    Args:
+        message: what it said.
+        gone: the session does not exist any more; else the credentials, or this worker, are not good for it.
+    """
+
+    def __init__(self, message: str, *, gone: bool) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class Sink(Protocol):
@@ -77,8 +87,12 @@ async def fetch_session(work: ClaimedWork, *, timeout: float = 60.0) -> BetaMana
             except APIStatusError as error:
                 if is_transient(error):
                     raise
-                raise SessionUnreachable(f"session {work.session_id}: {error.message}") from error
+                raise _unreachable(work, error) from error
     raise AssertionError("stamina returns or raises")
+
+
+def _unreachable(work: ClaimedWork, error: APIStatusError) -> SessionUnreachable:
+    return SessionUnreachable(f"session {work.session_id}: {error.message}", gone=error.status_code in (404, 410))
 
 
 async def follow(work: ClaimedWork, sink: Sink) -> None:
@@ -103,7 +117,7 @@ async def follow(work: ClaimedWork, sink: Sink) -> None:
             _log.debug("session %s: the event stream ended; opening it again", work.session_id)
         except APIStatusError as error:
             if not is_transient(error):
-                raise SessionUnreachable(f"session {work.session_id}: {error.message}") from error
+                raise _unreachable(work, error) from error
             _log.info("session %s: the event stream failed (%s)", work.session_id, error.status_code)
         except (APIError, httpx2.HTTPError, TimeoutError) as error:
             _log.info("session %s: the event stream broke (%s)", work.session_id, type(error).__name__)
@@ -158,6 +172,38 @@ async def send_result(
         backoff = min(backoff * 2, _BACKOFF_CAP)
         if not still_wanted():
             return None
+
+
+async def answer_open_calls(work: ClaimedWork, lease: Lease, *, owns: Callable[[str, bool], bool], text: str) -> int:
+    """Answer whatever of ours waits for a result with an error, and return how many there were.
+
+    For when all else has failed: it asks for the history afresh, and knows nothing but which calls have a result.
+
+    Args:
+        work: the item of the session.
+        lease: nothing is sent for a session that is not ours.
+        owns: tells whether a call of this tool (name, is it custom) is ours to answer.
+        text: what the agent is told.
+
+    Raises:
+        LeaseLost: the lease was lost.
+        APIError: the platform could not be asked.
+    """
+    waiting: dict[str, bool] = {}
+    async for event in work.client.beta.sessions.events.list(work.session_id, limit=_PAGE, timeout=_LIST_DEADLINE):
+        kind, event_id = str(getattr(event, "type", "")), getattr(event, "id", None)
+        custom = kind == "agent.custom_tool_use"
+        if kind in RESULT_FIELDS:
+            waiting.pop(str(getattr(event, RESULT_FIELDS[kind], "")), None)
+        elif custom or kind == "agent.tool_use":
+            denied = getattr(event, "evaluated_permission", None) == "deny"
+            if isinstance(event_id, str) and not denied and owns(str(getattr(event, "name", "")), custom):
+                waiting[event_id] = custom
+    for event_id, custom in waiting.items():
+        name = "user.custom_tool_result" if custom else "user.tool_result"
+        result = {"type": name, RESULT_FIELDS[name]: event_id, "is_error": True}
+        await send_result(work, lease, {**result, "content": [{"type": "text", "text": text}]}, lambda: True)
+    return len(waiting)
 
 
 async def _pause(seconds: float) -> None:

@@ -18,6 +18,8 @@ _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp"})
 _PDF = ".pdf"
 _MOST_LINES = 2**31 - 1
 _EDITED_BYTES = 32 * 1024 * 1024
+# Where a file's stamp would be, if the call had been done before.
+_DONE = "done"
 
 
 class FileTools:
@@ -62,20 +64,30 @@ class FileTools:
                 text = "\n".join(text.split("\n")[first - 1 : last]) if not empty else ""
         return text_result(self._fit(text, first))
 
-    async def write(self, given: WriteInput) -> ToolResult:
-        """Write a whole file, with the directories on the way to it."""
-        path = check_text("write", "file_path", given.file_path)
-        await self._store("write", path, check_text("write", "content", given.content).encode("utf-8"))
-        return text_result(f"wrote {len(given.content)} bytes to {path}")
+    async def write(self, given: WriteInput, *, note: str = "") -> ToolResult:
+        """Write a whole file, with the directories on the way to it.
 
-    async def edit(self, given: EditInput) -> ToolResult:
-        """Replace a text in a file by another."""
+        Args:
+            given: what, and where.
+            note: absolute path, in the sandbox, of a file that says that this was done. Where it is there, nothing is
+                done any more; where not, it is made in the moment in which it is done. Empty is none.
+        """
+        path = check_text("write", "file_path", given.file_path)
+        said = f"wrote {len(given.content)} bytes to {path}"
+        content = check_text("write", "content", given.content).encode("utf-8")
+        await self._store("write", path, content, note=note, said=said)
+        return text_result(said)
+
+    async def edit(self, given: EditInput, *, note: str = "") -> ToolResult:
+        """Replace a text in a file by another; `note` as for `write`."""
         path = check_text("edit", "file_path", given.file_path)
         old = check_text("edit", "old_string", given.old_string)
         new = check_text("edit", "new_string", given.new_string)
         if not old:
             raise ToolFailure("edit: old_string must not be empty; use write to make a file or to replace all of it")
-        reply = await self._fetch("edit", path)
+        reply = await self._fetch("edit", path, note=note)
+        if reply.fields[2] == _DONE:
+            return text_result(reply.rest.decode("utf-8", "replace") or f"edited {path}")
         size, stamp, limit = _number(reply.fields[1]), reply.fields[2], self._limits.max_file_bytes
         if size > limit:
             raise ToolFailure(
@@ -90,10 +102,13 @@ class FileTools:
             raise ToolFailure(f"edit: old_string appears {count} times in {path} (must be unique)")
         if len(text) + count * len(new) > _EDITED_BYTES:
             raise ToolFailure(f"edit: {path} would grow to more than {_EDITED_BYTES} bytes; nothing was changed")
-        await self._store("edit", path, text.replace(old, new).encode("utf-8"), stamp=stamp)
-        return text_result(f"edited {path} ({count} replacement(s))")
+        said = f"edited {path} ({count} replacement(s))"
+        await self._store("edit", path, text.replace(old, new).encode("utf-8"), stamp=stamp, note=note, said=said)
+        return text_result(said)
 
-    async def _fetch(self, tool: str, path: str, *, first: int | None = None, last: int | None = None) -> Reply:
+    async def _fetch(
+        self, tool: str, path: str, *, first: int | None = None, last: int | None = None, note: str = ""
+    ) -> Reply:
         limits = self._limits
         image, pdf = limits.max_image_base64_bytes // 4 * 3, limits.max_pdf_bytes
         if tool == "edit":
@@ -104,7 +119,7 @@ class FileTools:
             self._sandbox,
             "read",
             path,
-            [str(limits.max_file_bytes), str(image), str(pdf), start, count],
+            [str(limits.max_file_bytes), str(image), str(pdf), start, count, note],
             roots=self._roots,
             fields=3,
             max_output=max(limits.max_file_bytes, image, pdf) + 1,
@@ -115,12 +130,12 @@ class FileTools:
             raise ToolFailure(f"{tool}: {path}: could not be read in {limits.file_timeout:g}s")
         return reply
 
-    async def _store(self, tool: str, path: str, content: bytes, *, stamp: str = "") -> None:
+    async def _store(self, tool: str, path: str, content: bytes, *, stamp: str = "", note: str = "", said: str) -> None:
         await run_script(
             self._sandbox,
             "write",
             path,
-            [str(len(content)), secrets.token_hex(8), stamp],
+            [str(len(content)), secrets.token_hex(8), stamp, note, said],
             roots=self._roots,
             fields=0,
             max_output=0,

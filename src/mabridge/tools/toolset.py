@@ -49,6 +49,8 @@ class SandboxTools:
     ) -> None:
         limits = limits or ToolLimits()
         roots = Roots(workdir=sandbox.workdir, allowed=tuple(allowed_roots), read_only=tuple(read_only_roots))
+        self._hands = hands
+        self._noted: set[str] = set()
         self._bash = BashTool(hands, limits, keeps=roots.internal.add)
         self._files = FileTools(sandbox, roots, limits)
         self._search = SearchTools(sandbox, roots, limits)
@@ -65,12 +67,12 @@ class SandboxTools:
         """Run one tool call and return its result. What the model did wrong is a result too.
 
         Cancelled, it abandons the call: a `bash` command goes on in the sandbox, where the same `call_id` finds it
-        again; the other tools stop.
+        again; the other tools stop. A `write` or an `edit` that was done is not done again for the same `call_id`.
 
         Args:
             name: one of `NAMES`.
             input: the tool's input, as the model gave it.
-            call_id: the id of the call. `bash` runs once for an id, however often it is called with it.
+            call_id: the id of the call. What changes anything is done once for an id, however often it is called.
             thread: the thread that the call belongs to, if that is not the session's main one.
 
         Raises:
@@ -83,7 +85,7 @@ class SandboxTools:
             with anyio.CancelScope() as scope:
                 self._running[call_id] = scope
                 try:
-                    return await self._file_call(name, input)
+                    return await self._file_call(name, input, call_id)
                 finally:
                     self._running.pop(call_id, None)
             return text_result(f"{name}: interrupted before it was done", is_error=True)
@@ -109,15 +111,21 @@ class SandboxTools:
             SandboxError: the sandbox or its provider failed.
         """
         await self._bash.accepted(call_id)
+        if call_id in self._noted:
+            self._noted.remove(call_id)
+            await self._hands.forget(call_id)
 
-    async def _file_call(self, name: str, given: Mapping[str, Any] | None) -> ToolResult:
+    async def _file_call(self, name: str, given: Mapping[str, Any] | None, call_id: str) -> ToolResult:
+        note = self._hands.note_path(call_id)
+        if note and name in ("write", "edit"):
+            self._noted.add(call_id)
         match name:
             case "read":
                 return await self._files.read(inputs.parse_input(name, inputs.ReadInput, given))
             case "write":
-                return await self._files.write(inputs.parse_input(name, inputs.WriteInput, given))
+                return await self._files.write(inputs.parse_input(name, inputs.WriteInput, given), note=note)
             case "edit":
-                return await self._files.edit(inputs.parse_input(name, inputs.EditInput, given))
+                return await self._files.edit(inputs.parse_input(name, inputs.EditInput, given), note=note)
             case "glob":
                 return await self._search.glob(inputs.parse_input(name, inputs.GlobInput, given))
             case "grep":

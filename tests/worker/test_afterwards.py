@@ -1,0 +1,75 @@
+"""What becomes of a sandbox when its session has come to rest, and how the session finds it again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mabridge import sandbox_key
+from mabridge.sandboxes import NamedProvider
+from mabridge.testing import Agent, Environment
+from tests.worker.conftest import Serve
+from tests.worker.places import Place, Sleeper
+
+pytestmark = pytest.mark.anyio
+
+
+async def brain(agent: Agent) -> None:
+    command = "echo kept > file" if agent.text == "go" else "cat file"
+    agent.session.reply = await agent.call("bash", {"command": command})
+
+
+@pytest.mark.parametrize("when_done", ["keep", "suspend"])
+async def test_session_finds_its_sandbox_again_at_another_worker(
+    environment: Environment, serve: Serve, tmp_path: Path, when_done: str
+):
+    async def one_message(text: str, event: str) -> None:
+        named = NamedProvider(name="", provider=Sleeper(tmp_path / "root"), when_done=when_done)
+        async with serve({"s": named}, clean_up=False) as watched:
+            session.send_message(text)
+            await watched.until(event)
+            await session.wait_idle()
+            released = await watched.until("session.released")
+            assert released.reason == "idle"
+            assert bool(watched.named("sandbox.suspended")) == (when_done == "suspend")
+
+    session = environment.create_session(brain)
+    suspended = tmp_path / "root" / sandbox_key(environment.id, session.id) / "suspended"
+    await one_message("go", "sandbox.created")
+    assert suspended.exists() == (when_done == "suspend")
+    await one_message("again", "sandbox.attached")
+    assert session.reply.text == "kept"
+
+
+async def test_sandbox_that_cannot_be_suspended_is_kept_and_that_is_told(
+    environment: Environment, serve: Serve, tmp_path: Path
+):
+    named = NamedProvider(name="", provider=Place(tmp_path / "root"), when_done="suspend")
+    async with serve({"s": named}, clean_up=False) as watched:
+        environment.create_session(brain, message="go")
+        kept = await watched.until("sandbox.kept")
+    assert kept.reason == "place cannot suspend it"
+
+
+async def test_kept_sandbox_lives_for_as_long_as_idle_ttl_says(environment: Environment, serve: Serve, tmp_path: Path):
+    place = Place(tmp_path / "root")
+    named = NamedProvider(name="", provider=place, ttl=600, idle_ttl=86400)
+    async with serve({"s": named}, clean_up=False) as watched:
+        environment.create_session(brain, message="go")
+        await watched.until("session.released")
+    (key,) = place.keys
+    assert (tmp_path / "root" / key / "deadline").stat().st_mtime > time.time() + 80000
+
+
+async def test_sandbox_of_a_terminated_session_is_removed_though_others_are_kept(
+    environment: Environment, serve: Serve, tmp_path: Path
+):
+    place = Place(tmp_path / "root")
+    async with serve({"s": NamedProvider(name="", provider=place)}, max_idle=3600, clean_up=False) as watched:
+        session = environment.create_session(brain, message="go")
+        await watched.until("call.answered")
+        session.terminate()
+        await watched.until("session.released")
+    assert not place.keys
