@@ -159,3 +159,31 @@ async def test_command_that_takes_too_much_memory_ends_and_the_shell_goes_on(
                     assert await run.text("pwd; echo $KEPT") == "/tmp\nyes"
         finally:
             await sandbox.teardown()
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [  # the first kills everything but the shell itself
+        ("echo x; kill -9 -1", 0),
+        ("echo x; kill -9 $(cut -d ' ' -f 1 {}/shells/main/keeper.*); sleep 60", 137),
+        ("echo x; setsid sh -c 'kill -9 -1' & sleep 60", 137),
+    ],
+)
+@pytest.mark.parametrize("name", [images.DEBIAN, images.BUSYBOX])
+async def test_command_that_kills_the_hands_themselves_is_told_at_once(
+    name: str, command: str, code: int, image: Callable[[str], str], key: str
+):
+    async with DockerProvider(DockerOptions(image=image(name), pull="never")) as provider:
+        sandbox = await provider.create(SandboxSpec(key=key, ttl=300))
+        try:
+            async with Hands(sandbox) as hands:
+                run = Shell(hands)
+                await run("cd /tmp; KEPT=yes")
+                with anyio.fail_after(30):
+                    killed = await run(command.replace("{}", hands.directory), timeout=60)
+                assert (killed.exit_code, killed.head) == (code, b"x\n")
+                assert bool(killed.note) is (code != 0)
+                assert await run.text("pwd; echo $KEPT") == "/tmp\nyes"
+        finally:
+            await sandbox.teardown()

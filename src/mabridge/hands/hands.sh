@@ -125,6 +125,10 @@ keep() {
     set +C
     rm -f "$S/keeper.$generation"
     if runs "$S/inner"; then kill -9 "$pid" 2>/dev/null; fi
+    # What the last keeper's shell had begun, nobody else will end.
+    id=''
+    { IFS= read -r id < "$S/current"; } 2>/dev/null
+    [ -z "$id" ] || is_done "$id" || settle "$id" 137 lost
     while :; do
         if runs "$S/spare"; then
             run_spare
@@ -199,7 +203,13 @@ watch() {
             case ${4-} in '' | *[!0-9]*) ;; *) [ "$4" -ge 65536 ] || most=$((KEPT * 4 / 512)) ;; esac
             find "$C" "$D/old" -name '*.out' -size "+$most" 2>/dev/null | while IFS= read -r file; do cut_out "$file"; done
             busy=0
-            for file in "$D"/shells/*/current; do [ ! -s "$file" ] || busy=1; done
+            for shell in "$D"/shells/*/current; do
+                [ -s "$shell" ] || continue
+                busy=1 generation=0
+                # Whoever waits for this call is told of its end by a keeper, and this one was killed.
+                S=${shell%/current}
+                lives || start "${S##*/}"
+            done
             [ "$busy" = 1 ] || [ -z "$(find "$C" "$D/old" -name '*.out' -size +1 -newer "$D/stamp" 2>/dev/null)" ] || busy=1
         done
     done
