@@ -44,3 +44,17 @@ def bench(session: nox.Session) -> None:
     """Run the benchmarks."""
     session.install("-e", ".[dev]")
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session(default=False)
+def chaos(session: nox.Session) -> None:
+    """Kill workers for some minutes, and see that each call is run once: --seed, --kills, --provider."""
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "tests.chaos", *session.posargs)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Serve 1,000 sessions in one worker for some minutes, with faults and restarts: --sessions, --turns, --seed."""
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "tests.soak", *session.posargs)

@@ -2,63 +2,27 @@
 
 Each worker runs in a process of its own. Figures are ratios to be read across a row: machines differ.
 
-Usage: ``python -m benchmarks [--quick] [--only sdk,local,docker]``
+Usage: ``python -m benchmarks [--quick] [--only sdk,local,docker] [--vendors e2b,modal,...]``
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import anyio
 from rich.console import Console
 from rich.table import Table
 from tests.images import BUSYBOX, ImageMissing, ensure
 
+from benchmarks.calls import many_at_once, one_by_one, raw_at_once
+from benchmarks.vendors import LATENCY, VENDORS, one_vendor
+from benchmarks.workers import IMAGE, resident_kb, until, worker
 from mabridge.testing import Agent, ControlPlane, Environment
 
-IMAGE = os.environ.get("MABRIDGE_BENCH_IMAGE", BUSYBOX)
-WORKER = Path(__file__).with_name("worker_process.py")
 MB = 1024
-
-
-@asynccontextmanager
-async def worker(kind: str, plane: ControlPlane, environment: Environment) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """A worker of its own for `environment`, ready to claim."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(WORKER), kind, plane.url, environment.id],
-        env={**os.environ, "ANTHROPIC_ENVIRONMENT_KEY": environment.key, "MABRIDGE_BENCH_IMAGE": IMAGE},
-        stdin=subprocess.PIPE,
-    )
-    try:
-        await _until(lambda: any(environment.id in r.path and r.path.endswith("/poll") for r in plane.requests), 60)
-        yield process
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        await anyio.to_thread.run_sync(process.wait)
-
-
-async def _until(condition: Callable[[], bool], seconds: float) -> None:
-    with anyio.fail_after(seconds):
-        while not condition():
-            await anyio.sleep(0.005)
-
-
-def resident_kb(process: subprocess.Popen[bytes]) -> int:
-    """Resident memory of the process, in kB, as Linux tells it."""
-    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    return 0
 
 
 async def throughput(kind: str, plane: ControlPlane, sessions: int, turns: int, think: float) -> float:
@@ -116,9 +80,9 @@ async def pick_up(kind: str, plane: ControlPlane, times: int) -> tuple[list[floa
             watched += time.perf_counter() - began
             queued = time.perf_counter()
             session = environment.create_session(brain, message="go")
-            await _until(lambda s=session: environment.queue.get(s.id).state != "queued", 30)
+            await until(lambda s=session: environment.queue.get(s.id).state != "queued", 30)
             taken.append(time.perf_counter() - queued)
-            await _until(lambda s=session: environment.queue.get(s.id).state == "stopped", 30)
+            await until(lambda s=session: environment.queue.get(s.id).state == "stopped", 30)
     return taken, polls / watched * 60
 
 
@@ -142,21 +106,16 @@ async def memory(kind: str, plane: ControlPlane, sessions: int) -> tuple[float, 
         idle = resident_kb(process)
         count = 1 if kind == "sdk" else sessions
         running = [environment.create_session(brain, message="go") for _ in range(count)]
-        await _until(lambda: ready == count, 120)
+        await until(lambda: ready == count, 120)
         busy = resident_kb(process)
         for session in running:
             session.terminate()
-        await _until(lambda: all(environment.queue.get(s.id).state == "stopped" for s in running), 60)
+        await until(lambda: all(environment.queue.get(s.id).state == "stopped" for s in running), 60)
     return idle / MB, (busy - idle) / count / MB
 
 
-async def main(kinds: list[str], quick: bool) -> None:
-    if "docker" in kinds and IMAGE == BUSYBOX:
-        try:
-            ensure(IMAGE)
-        except ImageMissing as error:
-            print(f"without docker: {error}")
-            kinds = [kind for kind in kinds if kind != "docker"]
+async def workers_table(kinds: list[str], quick: bool) -> Table:
+    """The SDK's worker and ours, over the whole way."""
     sessions, calls, times = (5, 50, 3) if quick else (20, 300, 12)
     table = Table(title="mabridge against the SDK's own worker, one run, one control plane")
     table.add_column("")
@@ -183,12 +142,66 @@ async def main(kinds: list[str], quick: bool) -> None:
             put("memory more for a session: MB", f"{each:.2f}")
     for row, values in rows.items():
         table.add_row(row, *values)
-    Console(width=120).print(table)
+    return table
+
+
+async def calls_table(quick: bool) -> Table:
+    """One call in a container, and many at once."""
+    table = Table(title="a trivial bash call in a container")
+    for column in ("", "mabridge", "instead", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    took = await one_by_one(IMAGE, 50 if quick else 300)
+    pairs = (
+        ("with its result posted, against the SDK's bash in its own process: ms", took["channel"], took["sdk"]),
+        ("over the channel, against a raw docker exec: ms", took["channel alone"], took["raw exec"]),
+    )
+    for name, ours, instead in pairs:
+        table.add_row(name, f"{ours:.1f}", f"{instead:.1f}", f"{ours / instead:.2f}")
+    count = 200 if quick else 1000
+    rate, p99 = await many_at_once(count)
+    raw_rate, raw_p99 = await raw_at_once(IMAGE, 100 if quick else 200)
+    name = f"{count} calls in 50 containers at once, whole way, against 50 raw execs at once: "
+    table.add_row(name + "a second", f"{rate:.0f}", f"{raw_rate:.0f}", f"{rate / raw_rate:.1f}")
+    table.add_row("the same, 99th percentile: ms", f"{p99:.0f}", f"{raw_p99:.0f}", f"{p99 / raw_p99:.2f}")
+    return table
+
+
+async def vendors_table(names: list[str], quick: bool) -> Table:
+    """A command at each vendor's emulator."""
+    table = Table(title=f"a trivial command at an emulated vendor, {LATENCY * 1000:.0f} ms away")
+    for column in ("", "bare SDK: ms", "Sandbox.exec: ms", "ratio", "bash over hands: ms", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in names:
+        bare, execed, called = await one_vendor(name, 10 if quick else 40)
+        cells = (bare, execed, execed / bare, called, called / bare)
+        table.add_row(name, *(f"{cell:.2f}" if index in (2, 4) else f"{cell:.1f}" for index, cell in enumerate(cells)))
+    return table
+
+
+async def main(kinds: list[str], vendors: list[str], quick: bool) -> None:
+    console = Console(width=140)
+    if "docker" in kinds and IMAGE == BUSYBOX:
+        try:
+            ensure(IMAGE)
+        except ImageMissing as error:
+            print(f"without docker: {error}")
+            kinds = [kind for kind in kinds if kind != "docker"]
+    if kinds:
+        console.print(await workers_table(kinds, quick))
+    if "docker" in kinds:
+        console.print(await calls_table(quick))
+    if vendors:
+        console.print(await vendors_table(vendors, quick))
+
+
+def _names(value: str) -> list[str]:
+    return [name for name in value.split(",") if name]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sessions and calls")
-    parser.add_argument("--only", default="sdk,local,docker", help="which workers, by commas")
+    parser.add_argument("--only", default="sdk,local,docker", help="which workers, by commas; '' for none")
+    parser.add_argument("--vendors", default=",".join(VENDORS), help="which emulators, by commas; '' for none")
     args = parser.parse_args()
-    anyio.run(main, args.only.split(","), args.quick)
+    anyio.run(main, _names(args.only), _names(args.vendors), args.quick)
