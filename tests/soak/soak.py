@@ -160,6 +160,7 @@ class Soak:
                 await plane.wait_until(
                     lambda: all(item.state == "stopped" for item in environment.queue.items), timeout=120
                 )
+                await self._started.wait()  # it may have come when all was done already
                 process.send_signal(signal.SIGTERM)
                 if await process.wait() != 0:
                     self.report.wrong.append(f"the last worker ended with {process.returncode}")
@@ -173,7 +174,7 @@ class Soak:
             env={"PATH": os.environ["PATH"], "HOME": str(self._directory), "SOAK_KEY": self._key},
             stdout=subprocess.DEVNULL,
         )
-        self._at_work = anyio.Event()
+        self._at_work, self._started = anyio.Event(), anyio.Event()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._read_log, process)
@@ -193,6 +194,8 @@ class Soak:
             for line in map(json.loads, lines):
                 name = str(line.get("event", f"log.{line['level']}"))
                 self.report.events[name] += 1
+                if name == "worker.started":
+                    self._started.set()
                 if name == "call.answered":
                     self._at_work.set()
                 if "traceback" in line:

@@ -39,6 +39,7 @@ CALL = 30.0
 SETTLE = 120.0
 """Seconds for a sandbox to start, or for what another worker does with it to come to an end."""
 _REMOVE = 90.0
+_DOWN = 10.0  # a sandbox whose removal Daytona has taken on is as good as removed
 
 
 @asynccontextmanager
@@ -153,13 +154,17 @@ async def woken(box: AsyncSandbox) -> AsyncSandbox | None:
 
 
 async def delete(box: AsyncSandbox) -> None:
-    """Have a sandbox removed. From then on it has no name, and takes nothing."""
+    """Have a sandbox removed, and wait until it is down: until then, it may go on taking commands."""
     import daytona
 
     with anyio.fail_after(_REMOVE):
         while True:
             try:
                 await box.delete(timeout=0)
+                with anyio.move_on_after(_DOWN):
+                    while state_of(box) != "destroyed":
+                        await anyio.sleep(0.05)
+                        await box.refresh_data()
                 return
             except daytona.DaytonaNotFoundError:
                 return
