@@ -72,6 +72,11 @@ settle() {
 
 pause() { sleep 0.05 2>/dev/null || sleep 1; }
 
+# What is waited for often takes but a few milliseconds: the first few times, $1, it is looked for sooner.
+nap() {
+    if [ "$1" -gt 8 ] || ! sleep 0.01 2>/dev/null; then pause; fi
+}
+
 # Start the keeper of a shell, out of reach of whoever kills what this process has started: in a session of its own, and
 # without the variable by which adapters mark their processes.
 start() {
@@ -90,8 +95,7 @@ start() {
     until lives; do
         tries=$((tries + 1))
         [ "$tries" -le 100 ] || return 1
-        # It takes a few milliseconds, and every session waits for it.
-        if [ "$tries" -le 8 ]; then sleep 0.01 2>/dev/null || pause; else pause; fi
+        nap "$tries"
     done
 }
 
@@ -426,7 +430,7 @@ once)
         # shellcheck disable=SC2094 # it is a FIFO
         [ -e "$C/$3.begun" ] || printf '%s\n' "$3" 1<> "$S/in"
         IFS='. ' read -r now _ < /proc/uptime
-        until=$((now + $5))
+        until=$((now + $5)) naps=0
         until is_done "$3"; do
             [ -d "$C" ] || exit 1
             if [ "$now" -ge "$until" ]; then
@@ -434,7 +438,8 @@ once)
                 exit 0
             fi
             lives || kill_call "$3" lost
-            pause
+            naps=$((naps + 1))
+            nap "$naps"
             IFS='. ' read -r now _ < /proc/uptime
         done
     fi
