@@ -380,7 +380,7 @@ async def test_image_without_a_shell_is_refused_and_nothing_is_left(engine: aiod
                 await provider.create(SandboxSpec(key=key))
         assert await engine.containers.list(all=True, filters=f'{{"name": ["{key}"]}}') == []
     finally:
-        await engine.images.delete(name)
+        await engine.images.delete(name, force=True)  # the container may still be on its way out
 
 
 async def test_engine_that_is_not_there_asks_whether_docker_runs(tmp_path: Path) -> None:

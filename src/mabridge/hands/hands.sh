@@ -185,6 +185,15 @@ start_watcher() {
     (exec "$1" "$0" watch < /dev/null > /dev/null 2>&1 3<&-) &
 }
 
+# Whether a shell has a call. It says so before it looks whether the watcher sleeps, which looks the other way round: so
+# one of them sees the other.
+is_busy() {
+    for shell in "$D"/shells/*/current; do
+        [ ! -s "$shell" ] || return 0
+    done
+    return 1
+}
+
 # Bound what outputs take on the disk. It sleeps until a shell is given work, for it costs two forks a second.
 watch() {
     [ -p "$D/poke" ] || mkfifo "$D/poke" || return 1
@@ -193,7 +202,7 @@ watch() {
     printf '%s %s\n' $$ "$since" >| "$D/watcher"
     while [ -d "$C" ]; do
         # Nobody would wake it where there is no space to say that it sleeps.
-        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null; then
+        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null && ! is_busy; then
             # shellcheck disable=SC3045 # bash and busybox look once a minute for what a background job still writes
             case ${BASH_VERSION-}$TIMED in '') read -r _ <&5 ;; *) read -r -t 60 _ <&5 ;; esac
         fi
