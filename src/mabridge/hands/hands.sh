@@ -186,12 +186,16 @@ start_watcher() {
 }
 
 # Whether a shell has a call. It says so before it looks whether the watcher sleeps, which looks the other way round: so
-# one of them sees the other.
-is_busy() {
+# one of them sees the other. Whoever waits for that call is told of its end by a keeper: one that was killed is replaced.
+tend_shells() {
+    busy=0
     for shell in "$D"/shells/*/current; do
-        [ ! -s "$shell" ] || return 0
+        [ -s "$shell" ] || continue
+        busy=1 generation=0
+        S=${shell%/current}
+        lives || start "${S##*/}"
     done
-    return 1
+    [ "$busy" = 1 ]
 }
 
 # Bound what outputs take on the disk. It sleeps until a shell is given work, for it costs two forks a second.
@@ -202,7 +206,7 @@ watch() {
     printf '%s %s\n' $$ "$since" >| "$D/watcher"
     while [ -d "$C" ]; do
         # Nobody would wake it where there is no space to say that it sleeps.
-        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null && ! is_busy; then
+        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null && ! tend_shells; then
             # shellcheck disable=SC3045 # bash and busybox look once a minute for what a background job still writes
             case ${BASH_VERSION-}$TIMED in '') read -r _ <&5 ;; *) read -r -t 60 _ <&5 ;; esac
         fi
@@ -216,15 +220,7 @@ watch() {
             set -- $(df -Pk "$D" 2>/dev/null | tail -n 1)
             case ${4-} in '' | *[!0-9]*) ;; *) [ "$4" -ge 65536 ] || most=$((KEPT * 4 / 512)) ;; esac
             find "$C" "$D/old" -name '*.out' -size "+$most" 2>/dev/null | while IFS= read -r file; do cut_out "$file"; done
-            busy=0
-            for shell in "$D"/shells/*/current; do
-                [ -s "$shell" ] || continue
-                busy=1 generation=0
-                # Whoever waits for this call is told of its end by a keeper, and this one was killed.
-                S=${shell%/current}
-                lives || start "${S##*/}"
-            done
-            [ "$busy" = 1 ] || [ -z "$(find "$C" "$D/old" -name '*.out' -size +1 -newer "$D/stamp" 2>/dev/null)" ] || busy=1
+            tend_shells || [ -z "$(find "$C" "$D/old" -name '*.out' -size +1 -newer "$D/stamp" 2>/dev/null)" ] || busy=1
         done
     done
 }
