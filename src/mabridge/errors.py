@@ -22,7 +22,9 @@ What a command does inside a sandbox is never an error here: a non-zero exit and
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, overload
 
 __all__ = [
     "AtCapacity",
@@ -38,6 +40,7 @@ __all__ = [
     "SandboxGone",
     "SandboxUnavailable",
     "first_error",
+    "translated",
 ]
 
 E = TypeVar("E", bound=BaseException)
@@ -140,9 +143,24 @@ class NotSupported(SandboxError):
     """The provider cannot do what an option or a call asks for; the message names it."""
 
 
-def first_error(group: BaseExceptionGroup[E]) -> E:
-    """Return the first error of a group, which is what a task group wraps the errors of its tasks in."""
-    error: BaseExceptionGroup[E] | E = group
+@overload
+def first_error(error: BaseExceptionGroup[E]) -> E: ...
+@overload
+def first_error(error: Exception) -> Exception: ...
+def first_error(error: BaseException) -> BaseException:
+    """Return the first error of a group, as a task group wraps those of its tasks; of anything else, the error itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+@contextmanager
+def translated(translate: Callable[[Exception], MabridgeError]) -> Iterator[None]:
+    """Raise errors of mabridge as they are, and what `translate` makes of any other, the first one of a group."""
+    try:
+        yield
+    except Exception as exc:
+        error = first_error(exc)
+        if isinstance(error, MabridgeError):
+            raise error from error.__cause__
+        raise translate(error) from exc

@@ -203,7 +203,7 @@ class DaytonaSandbox(Sandbox):
             except Exception as exc:
                 import daytona
 
-                error = first_error(exc) if isinstance(exc, ExceptionGroup) else exc
+                error = first_error(exc)
                 if isinstance(error, daytona.DaytonaError) and not isinstance(error, daytona.DaytonaRateLimitError):
                     await self._require_started(op)
                 raise

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ import anyio
 from mabridge.errors import (
     AtCapacity,
     CreateFailed,
-    MabridgeError,
     SandboxError,
     SandboxGone,
     SandboxUnavailable,
-    first_error,
+    translated,
 )
 from mabridge.sandbox import EnvVar
 
@@ -68,16 +67,9 @@ async def connect(options: DaytonaOptions) -> AsyncIterator[AsyncDaytona]:
         yield client
 
 
-@contextmanager
-def mapped(op: str, sandbox_id: str | None = None) -> Iterator[None]:
+def mapped(op: str, sandbox_id: str | None = None) -> AbstractContextManager[None]:
     """Raise what Daytona, its SDK, or the way to it did as an error of `mabridge.errors`."""
-    try:
-        yield
-    except Exception as exc:
-        error = first_error(exc) if isinstance(exc, ExceptionGroup) else exc
-        if isinstance(error, MabridgeError):
-            raise error from error.__cause__
-        raise _translated(error, op, sandbox_id) from exc
+    return translated(lambda error: _translated(error, op, sandbox_id))
 
 
 def _translated(error: Exception, op: str, sandbox_id: str | None) -> SandboxError:

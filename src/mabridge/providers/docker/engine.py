@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from mabridge.errors import (
     AtCapacity,
     ConfigError,
     CreateFailed,
-    MabridgeError,
     SandboxError,
     SandboxGone,
     SandboxUnavailable,
-    first_error,
+    translated,
 )
 
 __all__ = ["connect", "mapped", "pull", "state_of"]
@@ -63,16 +62,9 @@ def can_half_close(client: Docker) -> bool:
     return not client.docker_host.startswith("https:")
 
 
-@contextmanager
-def mapped(op: str, sandbox_id: str | None = None) -> Iterator[None]:
+def mapped(op: str, sandbox_id: str | None = None) -> AbstractContextManager[None]:
     """Raise what the engine, or the way to it, did as an error of `mabridge.errors`."""
-    try:
-        yield
-    except Exception as exc:
-        error = first_error(exc) if isinstance(exc, ExceptionGroup) else exc
-        if isinstance(error, MabridgeError):
-            raise error from error.__cause__
-        raise _translated(error, op, sandbox_id) from exc
+    return translated(lambda error: _translated(error, op, sandbox_id))
 
 
 def _translated(error: Exception, op: str, sandbox_id: str | None) -> SandboxError:

@@ -136,7 +136,7 @@ async def mapped(
     try:
         yield
     except Exception as exc:
-        error = first_error(exc) if isinstance(exc, ExceptionGroup) else exc
+        error = first_error(exc)
         if isinstance(error, MabridgeError):
             raise error from error.__cause__
         translated = _translated(error, op, sandbox_id)
