@@ -53,7 +53,7 @@ class Command:
     Args:
         argv: the program and its arguments.
         cwd: absolute path.
-        stdin: its standard input, for now or altogether; None is an empty one.
+        stdin: its standard input, or the beginning of it; None is an empty one.
         held: whether it is to tell its process id as a line on stderr, which is dropped otherwise.
 
     Raises:
