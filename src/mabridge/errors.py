@@ -148,7 +148,7 @@ def first_error(error: BaseExceptionGroup[E]) -> E: ...
 @overload
 def first_error(error: Exception) -> Exception: ...
 def first_error(error: BaseException) -> BaseException:
-    """Return the first error of a group, as a task group wraps those of its tasks; of anything else, the error itself."""
+    """Return the first error of a group, as a task group wraps those of its tasks; of any other, the error itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
