@@ -11,6 +11,7 @@ counts."""
 # It naps for at most half a minute, because a nap does not count the time that the machine sleeps.
 GUARD = f"""
 read -r up _ < /proc/uptime; end=$((${{up%.*}} + $1))
+echo ready
 while :; do
     for f in {DEADLINES}/*; do
         f=${{f##*/}}
@@ -23,7 +24,7 @@ while :; do
     sleep "$left"
 done
 """
-"""The script of the first process: ``$1`` is how many seconds the sandbox has."""
+"""The script of the first process: ``$1`` is how many seconds the sandbox has. It says ``ready`` once it runs."""
 
 KEEP_ALIVE = f'read -r up _ < /proc/uptime && mkdir -p {DEADLINES} && : > "{DEADLINES}/$((${{up%.*}} + $1))"'
 """The script that puts the end off until ``$1`` seconds from now."""

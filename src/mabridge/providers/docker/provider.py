@@ -209,7 +209,7 @@ class DockerProvider(Provider):
             try:
                 return await self._finish(container, workdir)
             except SandboxGone as exc:
-                message = f"the container ended at once; has the image {self.options.image} a /bin/sh that works?"
+                message = f"{exc.message}; has the image {self.options.image} a /bin/sh that works?"
                 raise CreateFailed(message, provider=self.type, op="create") from exc
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -222,15 +222,16 @@ class DockerProvider(Provider):
 
     async def _finish(self, container: DockerContainer, workdir: str) -> Sandbox:
         """Lay out a container and start it. Done by two workers at once, it is done as well."""
+        from mabridge.providers.docker.running import start
+
         if not self.options.read_only:
             await container.put_archive("/", layout(self.options, workdir))  # type: ignore[no-untyped-call]
-        await container.start()
+        ready = await start(container)
         sandbox = self._sandbox(container, workdir)
-        if (why := await sandbox.absence("create")) is not None:
-            raise why
         # A directory that was laid out right below / can be worked in. To look all the same would be an exec, which
         # takes a third of the time that the start does.
-        if is_mounted(self.options, workdir) or posixpath.dirname(posixpath.normpath(workdir)) != "/":
+        deeper = posixpath.dirname(posixpath.normpath(workdir)) != "/"
+        if not ready or deeper or is_mounted(self.options, workdir):
             test = await sandbox.exec(["/bin/sh", "-c", "[ -w . ]"], timeout=_CALL, max_output=1000)
             if test.exit_code != 0:
                 message = f"{workdir} is not a directory that the user {self.options.user} may write; is it on a mount?"

@@ -1,20 +1,52 @@
-"""A command that the engine has started, and the connection to it."""
+"""What the engine has started, and the connection to it."""
 
 from __future__ import annotations
 
 import logging
 
 import anyio
+from aiodocker.containers import DockerContainer
 from aiodocker.execs import Exec
 from aiodocker.stream import Stream
 
+from mabridge.errors import SandboxGone
 from mabridge.providers import _shell
+from mabridge.providers.docker.engine import PROVIDER
 
-__all__ = ["Running"]
+__all__ = ["Running", "start"]
 
 logger = logging.getLogger("mabridge.providers.docker")
 
 _CHUNK = 65536
+_READY = 10.0  # seconds for a container's first process to say that it runs
+
+
+async def start(container: DockerContainer) -> bool:
+    """Start a container whose first process says on its stdout that it runs, and wait for that.
+
+    The engine calls a container running once its own init is, which is so with an image that has no shell as well.
+
+    Returns:
+        Whether it was said: it is not where another worker has started the container before.
+
+    Raises:
+        SandboxGone: the container ended; with what was said instead.
+    """
+    said = b""
+    stream = container.attach(stdout=True, stderr=True)
+    try:
+        await stream._init()
+        await container.start()
+        with anyio.move_on_after(_READY):
+            while (message := await stream.read_out()) is not None:
+                if message.stream == 1:
+                    return True
+                said += message.data
+            reason = said[:500].decode(errors="replace").strip() or "nothing was said why"
+            raise SandboxGone(f"the container ended at once: {reason}", provider=PROVIDER, op="create")
+    finally:
+        await _close(stream)
+    return False
 
 
 class Running:
@@ -123,10 +155,13 @@ class Running:
 
     async def close(self) -> None:
         """Close the connection. What runs is not affected."""
-        response = self.stream._resp
-        connection = None if response is None else response.connection
-        if connection is None:
-            self.stream._closed = True  # aiodocker's close asserts that there is one
-        elif connection.transport is not None:
-            connection.transport.abort()  # to close it in peace would wait until the engine has taken what was sent
-        await self.stream.close()
+        await _close(self.stream)
+
+
+async def _close(stream: Stream) -> None:
+    connection = None if stream._resp is None else stream._resp.connection
+    if connection is None:
+        stream._closed = True  # aiodocker's close asserts that there is one
+    elif connection.transport is not None:
+        connection.transport.abort()  # to close it in peace would wait until the engine has taken what was sent
+    await stream.close()
