@@ -7,6 +7,9 @@ import logging
 import os
 import signal
 import subprocess
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -210,7 +213,7 @@ async def _kill_tree(process: subprocess.Popen[bytes], marker: str) -> None:
 
 
 def kill_marked(variable: str, session: int | None = None) -> None:
-    """Kill every process with `variable` in its environment, and those in `session`.
+    """Kill every process with `variable` in its environment, one whose name begins with MAB_, and those in `session`.
 
     Where there is no ``/proc``, only the session's process group.
     """
@@ -219,7 +222,10 @@ def kill_marked(variable: str, session: int | None = None) -> None:
             _signal(os.killpg, session)
         return
     for _ in range(20):
-        victims = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _is(pid, variable, session)]
+        found = _watch.look()
+        victims = found.marked.get(os.fsencode(variable), set()).copy()
+        if session is not None:
+            victims |= found.sessions.get(session, set())
         if not victims:
             return
         for pid in victims:
@@ -227,15 +233,46 @@ def kill_marked(variable: str, session: int | None = None) -> None:
     logger.error("processes marked %s survived being killed: %s", variable, victims)
 
 
-def _is(pid: int, variable: str, session: int | None) -> bool:
-    try:
-        if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] == b"Z":
-            return False
-        if session is not None and os.getsid(pid) == session:
-            return True
-        return os.fsencode(variable) in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False  # it ended, or is another user's
+class _Processes:
+    """The processes that there were when this was made, by what they can be found by."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.marked: defaultdict[bytes, set[int]] = defaultdict(set)
+        self.sessions: defaultdict[int, set[int]] = defaultdict(set)
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                self._add(int(name))
+
+    def _add(self, pid: int) -> None:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, _, _, session = file.read().rpartition(b") ")[2].split(maxsplit=4)[:4]
+        if state == b"Z":
+            return
+        self.sessions[int(session)].add(pid)
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            for variable in file.read().split(b"\0"):
+                if variable.startswith(b"MAB_"):
+                    self.marked[variable].add(pid)
+
+
+class _Watch:
+    """Looks at the processes once for all the threads that wait to know: there may be thousands of either."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: _Processes | None = None
+
+    def look(self) -> _Processes:
+        """Return the processes as they were at some time after this was called."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._last is None or self._last.began < asked:
+                self._last = _Processes()
+            return self._last
+
+
+_watch = _Watch()
 
 
 def _signal(send: Callable[[int, int], None], pid: int) -> None:

@@ -36,6 +36,7 @@ __all__ = ["LocalOptions", "LocalProvider"]
 logger = logging.getLogger(__name__)
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SWEEP_PERIOD = 60.0  # seconds between two looks for what is past its deadline, besides those of `list`
 _SANDBOX = "MAB_SANDBOX"  # marks every process of a sandbox, for teardown
 
 
@@ -59,6 +60,7 @@ class LocalProvider(Provider):
     def __init__(self, options: LocalOptions | None = None) -> None:
         super().__init__(options or LocalOptions())
         self._root = (options or LocalOptions()).root.expanduser().absolute()
+        self._sweep_at = 0.0
 
     async def __aenter__(self) -> Self:
         """Say what this provider is not."""
@@ -71,7 +73,9 @@ class LocalProvider(Provider):
 
     async def create(self, spec: SandboxSpec) -> Sandbox:
         try:
-            await anyio.to_thread.run_sync(self._sweep)
+            if time.monotonic() > self._sweep_at:  # not each time: it looks at every sandbox
+                self._sweep_at = time.monotonic() + _SWEEP_PERIOD
+                await anyio.to_thread.run_sync(self._sweep)
             await anyio.to_thread.run_sync(self._make, spec)
         except OSError as exc:
             message = f"no directory for the sandbox under {self._root}: {exc}; set the option root"
