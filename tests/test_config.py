@@ -86,6 +86,12 @@ def test_models_cannot_be_changed() -> None:
         ("[worker]", "[wroker]", "1: wroker: NO KEY 'worker'?"),
         ("memory", "memry", "12: providers.small.memry: NO KEY 'memory'?"),
         ("when_done =", "when_don =", "13: providers.small.when_don: NO KEY 'when_done'?"),
+        (
+            '"teardown"',
+            '"suspend"',
+            "13: providers.small.when_done: with these options, docker cannot suspend a sandbox; "
+            "'keep' leaves it as it is",
+        ),
         ('"teardown"', '"burn"', "13: providers.small.when_done: Input should be 'keep', 'suspend' or 'teardown'"),
         ('"docker"', '"dokcer"', "10: providers.small.type: NO TYPE 'dokcer'; did you mean 'docker'?"),
         ('type = "docker"\n', "", "9: providers.small.type: it is missing"),

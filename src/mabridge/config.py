@@ -14,7 +14,7 @@ from mabridge.config_problems import Problem, line_of, nearest, problems_in
 from mabridge.errors import ConfigError, PluginError
 from mabridge.plugins import Registry, registry
 from mabridge.routing import Route
-from mabridge.sandbox import EnvVar
+from mabridge.sandbox import EnvVar, Provider
 
 __all__ = ["CONFIG_VARIABLE", "Config", "ProviderConfig", "WorkerConfig", "load_config", "parse_config"]
 
@@ -87,8 +87,8 @@ class ProviderConfig(BaseModel):
         type: the type of provider, such as ``docker``; ``mabridge providers`` lists them.
         options: its options, as `Provider.Options` of that type has them. In TOML they stand beside ``type``.
         when_done: what becomes of the sandbox when a session has come to rest: ``keep`` leaves it for the session's
-            next message; ``suspend`` stops it meanwhile, with its disk kept, where the provider can; ``teardown``
-            removes it at once. That of a session that was terminated or deleted is removed in any case.
+            next message; ``suspend`` stops it meanwhile, with its disk kept, and is refused where the provider cannot;
+            ``teardown`` removes it at once. That of a session that was terminated or deleted is removed in any case.
         ttl: seconds after which the sandbox removes itself, counted from the last sign of life of its worker.
         idle_ttl: seconds that a kept or suspended sandbox waits for its session's next message before it is removed;
             `ttl` by default.
@@ -196,14 +196,22 @@ def _provider_problems(data: Mapping[str, Any], types: Registry) -> Iterator[Pro
         if not isinstance(table, dict) or not isinstance(table.get("type"), str):
             continue
         try:
-            options = types.get(table["type"]).load().Options
+            provider = types.get(table["type"]).load()
         except (ConfigError, PluginError) as exc:
             yield Problem(("providers", name, "type"), str(exc))
             continue
         try:
-            options.model_validate(table["options"])
+            valid = provider.Options.model_validate(table["options"])
         except ValidationError as exc:
-            yield from problems_in(exc, options, at=("providers", name), also=_OURS)
+            yield from problems_in(exc, provider.Options, at=("providers", name), also=_OURS)
+            continue
+        if table.get("when_done") == "suspend" and not (made := provider(valid)).can_suspend:
+            yield Problem(("providers", name, "when_done"), cannot_suspend(made))
+
+
+def cannot_suspend(provider: Provider) -> str:
+    """Return why ``when_done`` cannot be ``suspend`` with a provider, and what it can be."""
+    return f"with these options, {provider.type} cannot suspend a sandbox; 'keep' leaves it as it is"
 
 
 def _route_problems(data: Mapping[str, Any]) -> Iterator[Problem]:

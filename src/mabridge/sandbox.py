@@ -247,6 +247,11 @@ class Provider(ABC):
     def __init__(self, options: ProviderOptions) -> None:
         self.options = options
 
+    @property
+    def can_suspend(self) -> bool:
+        """Whether its sandboxes, with the options that it has, can be suspended (`SupportsSuspend`)."""
+        return False
+
     async def __aenter__(self) -> Self:
         """Open what the adapter needs to hold open. Reaching the provider is for `check` and `create`."""
         return self
@@ -320,7 +325,7 @@ class SupportsProcess(Protocol):
 
 @runtime_checkable
 class SupportsSuspend(Protocol):
-    """A `Sandbox` that can be stopped with its disk kept; `Provider.attach` wakes it."""
+    """A `Sandbox` that can be stopped with its disk kept (`Provider.can_suspend`); `Provider.attach` wakes it."""
 
     async def suspend(self) -> None:
         """Stop it and keep its disk. Stopped already is success."""

@@ -11,8 +11,8 @@ from typing import Literal
 import anyio
 
 from mabridge.breaker import Breaker
-from mabridge.config import ProviderConfig
-from mabridge.errors import AtCapacity, CreateFailed, MabridgeError, SandboxError, SandboxUnavailable
+from mabridge.config import ProviderConfig, cannot_suspend
+from mabridge.errors import AtCapacity, ConfigError, CreateFailed, MabridgeError, SandboxError, SandboxUnavailable
 from mabridge.identity import sandbox_key, sandbox_labels
 from mabridge.observe import Event, EventName, Observers
 from mabridge.plugins import make_provider
@@ -52,6 +52,15 @@ class NamedProvider:
     ttl: float = 3600.0
     idle_ttl: float | None = None
     max_sandboxes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what the provider cannot do.
+
+        Raises:
+            ConfigError: sandboxes are to be suspended that cannot be.
+        """
+        if self.when_done == "suspend" and not self.provider.can_suspend:
+            raise ConfigError(f"{self.name or self.provider.type}: when_done: {cannot_suspend(self.provider)}")
 
     @classmethod
     def configured(cls, name: str, config: ProviderConfig) -> NamedProvider:
@@ -245,11 +254,10 @@ class Sandboxes:
                     if for_good or held.by.when_done == "teardown":
                         await held.sandbox.teardown()
                         done = "sandbox.removed"
-                    elif held.by.when_done == "suspend" and isinstance(held.sandbox, SupportsSuspend):
+                    elif held.by.when_done == "suspend":
+                        assert isinstance(held.sandbox, SupportsSuspend)  # its provider said so
                         await held.sandbox.suspend()
                         done = "sandbox.suspended"
-                    elif held.by.when_done == "suspend":
-                        reason = f"{held.by.provider.type} cannot suspend it"
                     elif held.by.idle_ttl is not None:
                         await held.sandbox.keep_alive(held.by.idle_ttl)
             except MabridgeError as error:

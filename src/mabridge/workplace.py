@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
+from mabridge.bounded import bounded
 from mabridge.errors import MabridgeError, SandboxGone, first_error
 from mabridge.hands import Hands
 from mabridge.sandbox import Sandbox
@@ -119,11 +120,12 @@ class Workplace:
         self.fresh_untold = held.created
         self.replaced = self._made > 0
         _log.debug("session %s works in sandbox %s", self._session_id, held.sandbox.id)
-        async with Hands(held.sandbox) as hands, anyio.create_task_group() as tasks:
+        sandbox = bounded(held.sandbox, provider=held.by.provider.type, slack=self._limits.provider_slack)
+        async with Hands(sandbox) as hands, anyio.create_task_group() as tasks:
             tasks.start_soon(self._sandboxes.tend, held)
-            await self._furnish(held.sandbox)
+            await self._furnish(sandbox)
             self._made += 1
-            await self._change(tools=SandboxTools(held.sandbox, hands, limits=self._limits))
+            await self._change(tools=SandboxTools(sandbox, hands, limits=self._limits))
             await self._lost.wait()
             tasks.cancel_scope.cancel()
 

@@ -210,6 +210,11 @@ class LosesLabels(BrokenProvider):
             yield dataclasses.replace(info, labels={})
 
 
+@caught_by("test_provider_says_whether_its_sandboxes_can_be_suspended")
+class PromisesToSuspend(BrokenProvider):
+    can_suspend = True
+
+
 @caught_by("test_list_pages_through_to_the_last_sandbox")
 class ListsTheFirstPage(BrokenProvider):
     async def list(self) -> AsyncIterator[SandboxInfo]:

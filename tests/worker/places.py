@@ -68,6 +68,8 @@ class Place(LocalProvider):
 class Sleeper(Place):
     """One whose sandboxes can be suspended: a file says that they are."""
 
+    can_suspend = True
+
     async def create(self, spec: SandboxSpec) -> Sandbox:
         await super().create(spec)
         return SleepingSandbox(self._root / spec.key)
@@ -83,6 +85,28 @@ class Sleeper(Place):
 class SleepingSandbox(LocalSandbox):
     async def suspend(self) -> None:
         (self._path / "suspended").touch()
+
+
+class Hanging(Place):
+    """One that never answers, once it is told to, and says nothing either."""
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        await super().create(spec)
+        return HangingSandbox(self._root / spec.key, self)
+
+
+class HangingSandbox(LocalSandbox):
+    def __init__(self, path: Path, place: Hanging) -> None:
+        super().__init__(path)
+        self._place = place
+
+    async def exec(self, argv, **options):
+        await self._place._answer("exec")
+        return await super().exec(argv, **options)
+
+    async def open_process(self, argv, **options):
+        await self._place._answer("open_process")
+        return await super().open_process(argv, **options)
 
 
 class Broken(Place):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mabridge import sandbox_key
+from mabridge import ConfigError, sandbox_key
 from mabridge.sandboxes import NamedProvider
 from mabridge.testing import Agent, Environment
 from tests.worker.conftest import Serve
@@ -43,14 +43,9 @@ async def test_session_finds_its_sandbox_again_at_another_worker(
     assert session.reply.text == "kept"
 
 
-async def test_sandbox_that_cannot_be_suspended_is_kept_and_that_is_told(
-    environment: Environment, serve: Serve, tmp_path: Path
-):
-    named = NamedProvider(name="", provider=Place(tmp_path / "root"), when_done="suspend")
-    async with serve({"s": named}, clean_up=False) as watched:
-        environment.create_session(brain, message="go")
-        kept = await watched.until("sandbox.kept")
-    assert kept.reason == "place cannot suspend it"
+def test_sandbox_that_cannot_be_suspended_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"s: when_done: .*place cannot suspend"):
+        NamedProvider(name="s", provider=Place(tmp_path / "root"), when_done="suspend")
 
 
 async def test_kept_sandbox_lives_for_as_long_as_idle_ttl_says(environment: Environment, serve: Serve, tmp_path: Path):

@@ -8,8 +8,9 @@ import anyio
 import pytest
 
 from mabridge.testing import Agent, ControlPlane, Environment, Fault
+from mabridge.tools import ToolLimits
 from tests.worker.conftest import Serve
-from tests.worker.places import Broken
+from tests.worker.places import Broken, Hanging
 
 pytestmark = pytest.mark.anyio
 
@@ -72,6 +73,23 @@ async def test_fault_in_an_adapters_own_code_is_an_answer(environment: Environme
     assert session.reply.is_error
     assert "KeyError" in session.reply.text
     assert not watched.named("session.failed")
+
+
+async def test_provider_that_never_answers_is_given_up_on(environment: Environment, serve: Serve, tmp_path: Path):
+    place = Hanging(tmp_path / "root")
+
+    async def brain(agent: Agent) -> None:
+        await agent.call("bash", {"command": "echo first"})
+        place.mood = "hanging"
+        agent.session.reply = await agent.call("read", {"file_path": "/workspace/file"})
+
+    limits = ToolLimits(file_timeout=0.5, provider_slack=1.0)
+    async with serve({"hanging": place}, limits=limits, clean_up=False) as watched:
+        session = environment.create_session(brain, message="go")
+        await watched.until("call.ended", 2)
+        await session.wait_idle()
+    assert session.reply.is_error
+    assert "did not answer within" in session.reply.text
 
 
 async def test_rejected_heartbeat_answers_what_runs_and_does_not_stop_the_item(serve: Serve):

@@ -16,6 +16,8 @@ class ToolLimits:
         max_timeout: the longest that a `bash` command may ask for; a longer wish is cut to this.
         file_timeout: of one `read`, `write` or `edit`.
         search_timeout: of one `glob` or `grep`.
+        provider_slack: that a sandbox's provider gets to answer, beyond the time that a command may take. Adapters have
+            deadlines of their own: this one is for what hangs all the same.
         max_file_bytes: the largest text file that `read` takes whole and that `edit` changes.
         max_image_base64_bytes: the largest image, counted after base64.
         max_pdf_bytes: the largest PDF.
@@ -29,6 +31,7 @@ class ToolLimits:
     max_timeout: float = 600.0
     file_timeout: float = 60.0
     search_timeout: float = 30.0
+    provider_slack: float = 60.0
     max_file_bytes: int = 256 * 1024
     max_image_base64_bytes: int = 5 * 1024 * 1024
     max_pdf_bytes: int = 20 * 1024 * 1024

@@ -61,6 +61,10 @@ class DaytonaProvider(Provider):
         self._opened: AsyncDaytona | None = None
         self._recent: dict[str, float] = {}
 
+    @property
+    def can_suspend(self) -> bool:
+        return not self.options.ephemeral
+
     async def __aenter__(self) -> Self:
         """Open a client.
 

@@ -58,6 +58,10 @@ class E2BProvider(Provider):
         self._arguments: dict[str, Any] | None = None
         self.tasks: anyio.abc.TaskGroup
 
+    @property
+    def can_suspend(self) -> bool:
+        return True
+
     async def __aenter__(self) -> Self:
         """Read the key, and make ready to hold streams open. Nothing is sent yet.
 

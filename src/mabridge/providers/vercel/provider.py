@@ -64,6 +64,10 @@ class VercelProvider(Provider):
         super().__init__(options or VercelOptions())
         self._opened: SandboxClient | None = None
 
+    @property
+    def can_suspend(self) -> bool:
+        return self.options.persistent
+
     async def __aenter__(self) -> Self:
         """Open a client.
 

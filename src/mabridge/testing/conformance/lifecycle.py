@@ -233,6 +233,11 @@ class LifecycleTests:
             assert await provider.attach(spec.key) is not None, "it ended before its time"
             assert (await run(sandbox, "true")).exit_code == 0
 
+    async def test_provider_says_whether_its_sandboxes_can_be_suspended(
+        self, provider: Provider, sandbox: Sandbox
+    ) -> None:
+        assert provider.can_suspend == isinstance(sandbox, SupportsSuspend)
+
     async def test_suspended_sandbox_is_woken_with_its_files(self, provider: Provider) -> None:
         spec = new_spec()
         async with created(provider, spec) as sandbox:
