@@ -6,7 +6,6 @@ import base64
 import contextlib
 import logging
 import os
-import re
 import signal
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from mabridge.providers.docker import DockerOptions, DockerProvider
 from mabridge.providers.local import LocalOptions, LocalProvider
 from mabridge.sandbox import Provider, Sandbox, SandboxSpec
-from tests import images
+from tests import canary, images
 
 
 def pytest_configure() -> None:
@@ -30,16 +29,26 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def process_watch() -> Iterator[canary.ProcessWatch]:
+    canary.record()
+    with canary.ProcessWatch() as watch:
+        yield watch
+
+
 @pytest.fixture(autouse=True)
-def no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Whatever a test does, no environment key and no sessions token is in the log of it."""
+def no_secret_is_told(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, process_watch: canary.ProcessWatch
+) -> Iterator[None]:
+    """Whatever a test does, no environment key and no sessions token is where it may not be (see `canary`)."""
+    directory = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     caplog.set_level(logging.DEBUG, "mabridge")
     yield
-    for when in ("setup", "call"):
-        for record in caplog.get_records(when):
-            text = f"{record.getMessage()} {record.exc_text or ''} {getattr(record, 'fields', '')}"
-            found = re.search(r"sk-ant-(oat|ses)01-[\w-]{20,}", text)
-            assert found is None, f"a secret was logged by {record.name}: {record.msg}"
+    found = [*canary.in_records([*caplog.get_records("setup"), *caplog.get_records("call")]), *canary.in_telemetry()]
+    if directory is not None:
+        found += canary.in_files(directory)
+    found += process_watch.found
+    assert not found, f"a secret is in: {'; '.join(found)}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +68,10 @@ def no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With CI set, a test that needs Docker must run: a skip there would be a hole nobody sees."""
+    """No test prints a secret, and with CI set one that needs Docker must run: a skip would be a hole nobody sees."""
     report = yield
+    if canary.SECRET.search(f"{report.capstdout} {report.capstderr}".encode()):
+        report.outcome, report.longrepr = "failed", "a secret was printed"
     # What the conformance kit has for some providers only, it skips for the others.
     skipped = report.longrepr if isinstance(report.longrepr, tuple) else ("", 0, "")
     optional = "/testing/conformance/" in skipped[0] or "not tried:" in skipped[2]

@@ -185,3 +185,23 @@ async def test_item_whose_lease_is_taken_while_its_sandbox_is_removed_is_not_sto
             environment.queue.lapse(session.id)
             await watched.until("session.lost")
         assert not any(record.path.endswith("/stop") for record in plane.requests)
+
+
+async def test_nothing_new_is_begun_once_the_lease_has_ended(serve: Serve):
+    """Not even while the results of what ran are being sent, which may take a while."""
+
+    async def brain(agent: Agent) -> None:
+        agent.session.replies = await agent.calls([("bash", {"command": "echo so far; sleep 4242"})])
+
+    async with ControlPlane(lease_ttl=2.0) as plane:
+        environment = plane.create_environment()
+        async with serve(environment=environment) as watched:
+            session = environment.create_session(brain, message="go")
+            await watched.until("sandbox.created")
+            await watched.until("call.started")
+            slow = plane.faults.add(Fault(method="POST", path="/events$", hang=True))
+            environment.queue.stop(session.id, force=False)
+            await plane.wait_until(lambda: slow.hits == 1, timeout=30)
+            late = session.emit({**STRANGE, "input": {"command": "touch late"}, "session_thread_id": None})
+            await watched.until("session.released", timeout=40)
+        assert late["id"] not in [event.call_id for event in watched.named("call.started")]
