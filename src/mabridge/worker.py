@@ -270,8 +270,12 @@ class Worker:
                 _log.info("work items could not be listed: %s", str(error) or "no answer")
                 unclaimed = []
             for work in unclaimed:
-                if work.why_not_served() is None and work.session_id not in self._serving:
-                    await self._slots.acquire()
+                if work.why_not_served() is not None:
+                    continue
+                await self._slots.acquire()
+                if work.session_id in self._serving:  # it was offered to us while we waited for a slot
+                    self._slots.release()
+                else:
                     tasks.start_soon(self._serve, work)
             pause = self._reap_interval * random.uniform(0.75, 1.25)  # noqa: S311
 

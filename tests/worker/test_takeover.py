@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import anyio
@@ -12,7 +13,7 @@ from mabridge.identity import sandbox_key
 from mabridge.observe import Observers
 from mabridge.providers.local import LocalOptions, LocalProvider
 from mabridge.sandboxes import NamedProvider, Sandboxes
-from mabridge.testing import Agent, Environment
+from mabridge.testing import Agent, ControlPlane, Environment
 from tests.worker.conftest import Serve
 
 pytestmark = pytest.mark.anyio
@@ -86,6 +87,42 @@ async def test_sandbox_that_is_being_made_when_the_lease_is_lost(
         assert (left is not None) is in_time
         if left is not None:
             await left.teardown()
+
+
+async def test_worker_that_is_offered_its_own_session_again_and_again_serves_it_once(
+    plane: ControlPlane,
+    environment: Environment,
+    serve: Serve,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    provider = Slow(tmp_path / "sandboxes")
+
+    async def brain(agent: Agent) -> None:
+        agent.session.reply = await agent.call("bash", {"command": "echo ran >> log; cat log"})
+
+    async with serve({"p": provider}, clean_up=False) as watched:
+        session = environment.create_session(brain, message="go")
+        await provider.making.wait()
+        item = environment.queue.get(session.id)
+        # The first run cannot end before its sandbox is made, so both of these wait for it.
+        for deliveries in (2, 3):
+            environment.queue.lapse(session.id)
+            await plane.wait_until(lambda wanted=deliveries: item.deliveries == wanted, timeout=30)
+        assert len(watched.named("session.claimed")) == 1
+        provider.go_on.set()
+        await session.wait_idle()
+        await watched.until("session.released")
+        assert watched.worker.sessions == ()
+    assert session.reply.text == "ran"
+    assert len(session.results(session.calls[0].id).accepted) == 1
+    assert [event.name for event in watched.events if event.name in ("session.claimed", "session.lost")] == [
+        "session.claimed",
+        "session.lost",
+        "session.lost",  # the one that waited first: it gave way before it had claimed
+        "session.claimed",
+    ]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def attached(provider: Provider) -> Sandbox | None:

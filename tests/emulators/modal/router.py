@@ -17,6 +17,7 @@ from modal_proto.task_command_router_grpc import TaskCommandRouterBase
 
 from tests.emulators.machine import Machine
 from tests.emulators.modal.service import Faults, Service
+from tests.emulators.modal.storage import Snapshots
 
 _CHUNK = 65536
 _KEPT = 64 * 1024 * 1024
@@ -152,10 +153,11 @@ class Exec:
 class Router(Service):
     stubs = TaskCommandRouterBase
 
-    def __init__(self, faults: Faults, token: str) -> None:
+    def __init__(self, faults: Faults, token: str, snapshots: Snapshots) -> None:
         super().__init__(faults)
         self.tasks: dict[str, Any] = {}
         self._token = token
+        self._snapshots = snapshots
 
     def check(self, stream: Any) -> None:
         if stream.metadata.get("authorization") != f"Bearer {self._token}":
@@ -208,3 +210,8 @@ class Router(Service):
     async def TaskExecPoll(self, stream: Any, request: Any) -> Any:
         run = self._exec(request)
         return pb.TaskExecPollResponse(**(run.status() if run.over.is_set() else {}))
+
+    async def TaskSnapshotFilesystem(self, stream: Any, request: Any) -> Any:
+        task = self._task(request.task_id)
+        image_id = await self._snapshots.take(task.machine.tree, request.snapshot_id, request.ttl_seconds)
+        return pb.TaskSnapshotFilesystemResponse(image_id=image_id)

@@ -1,4 +1,4 @@
-"""The control plane: apps, images, and sandboxes with their names and tags."""
+"""The control plane: apps, images that are built, and sandboxes with their names and tags."""
 
 # ruff: noqa: N802 - calls are named as the service names them
 
@@ -20,7 +20,8 @@ from modal_proto.api_grpc import ModalClientBase
 from tests.emulators import machine
 from tests.emulators.machine import Machine
 from tests.emulators.modal.router import Router
-from tests.emulators.modal.service import Faults, Listener, Service
+from tests.emulators.modal.service import Faults, Listener
+from tests.emulators.modal.storage import Snapshots, Storage
 
 _DONE = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_SUCCESS)
 _BASE_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
@@ -54,9 +55,11 @@ class Task:
     def running(self) -> bool:
         return self.up and self.result is None
 
-    async def live(self, delay: float) -> None:
+    async def live(self, delay: float, snapshots: Snapshots) -> None:
         """From its start to the end of its first process, or of its time."""
         await asyncio.sleep(delay)
+        if self.definition.image_id in snapshots:
+            await snapshots.lay(self.definition.image_id, self.machine.tree)
         await asyncio.to_thread(self.machine.start)
         if self.result is not None:  # it was terminated meanwhile
             self.machine.stop()
@@ -98,14 +101,15 @@ class Task:
         await asyncio.to_thread(self.machine.remove)
 
 
-class Control(Service):
+class Control(Storage):
     stubs = ModalClientBase
 
     def __init__(self, emulator: Emulator) -> None:
-        super().__init__(emulator.faults)
+        snapshots = Snapshots(emulator.directory, emulator.faults)
+        super().__init__(emulator.faults, snapshots, {emulator.image_id, "im-built", "im-bare"})
         self._emulator = emulator
         self._router_token = _token(3600)
-        self.router = Router(emulator.faults, self._router_token)
+        self.router = Router(emulator.faults, self._router_token, snapshots)
         self.router_url = ""
         self.apps: dict[str, str] = {}
         self.sandboxes: dict[str, Task] = {}
@@ -137,11 +141,6 @@ class Control(Service):
             self.apps[name] = f"ap-{secrets.token_hex(8)}"
         return pb.AppGetOrCreateResponse(app_id=self.apps[name])
 
-    async def ImageFromId(self, stream: Any, request: Any) -> Any:
-        if request.image_id not in (self._emulator.image_id, "im-bare"):
-            raise GRPCError(Status.NOT_FOUND, f"Image with ID {request.image_id} not found")
-        return pb.ImageFromIdResponse(image_id=request.image_id, metadata=pb.ImageMetadata())
-
     async def ImageGetOrCreate(self, stream: Any, request: Any) -> Any:
         self._emulator.dockerfiles.append(list(request.image.dockerfile_commands))
         return pb.ImageGetOrCreateResponse(image_id="im-built")
@@ -159,14 +158,11 @@ class Control(Service):
             raise GRPCError(Status.NOT_FOUND, f"Secret '{request.deployment_name}' not found in environment 'main'")
         return pb.SecretGetOrCreateResponse(secret_id=f"st-{request.deployment_name}")
 
-    async def VolumeGetOrCreate(self, stream: Any, request: Any) -> Any:
-        return pb.VolumeGetOrCreateResponse(volume_id=f"vo-{request.deployment_name}")
-
     async def SandboxCreateV2(self, stream: Any, request: Any) -> Any:
         attempt = stream.metadata["x-idempotency-key"]
         if attempt not in self._made:
             definition = request.definition
-            if definition.image_id not in (self._emulator.image_id, "im-built", "im-bare"):
+            if not self.has_image(definition.image_id):
                 raise GRPCError(Status.NOT_FOUND, f"Image with ID {definition.image_id} not found")
             if definition.name and self._named(definition.name) is not None:
                 raise GRPCError(Status.ALREADY_EXISTS, f"Sandbox with name '{definition.name}' already exists")
@@ -179,7 +175,7 @@ class Control(Service):
             task = Task(tree, definition, env, {tag.tag_name: tag.tag_value for tag in request.tags})
             self._emulator.definitions.append(definition)
             self.sandboxes[task.id] = self.router.tasks[task.task_id] = self._made[attempt] = task
-            task.life = asyncio.create_task(task.live(self.faults.slow_start))
+            task.life = asyncio.create_task(task.live(self.faults.slow_start, self.snapshots))
         task = self._made[attempt]
         if self.faults.lose_create:
             self.faults.lose_create = False
@@ -220,6 +216,9 @@ class Control(Service):
             task.end(pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_TERMINATED))
 
         self._emulator.later.add(asyncio.create_task(end()))
+        if self.faults.lose_terminate:
+            self.faults.lose_terminate = False
+            raise GRPCError(Status.DATA_LOSS, "the answer was lost")
         return pb.SandboxTerminateResponse()
 
     async def SandboxGetFromNameV2(self, stream: Any, request: Any) -> Any:

@@ -31,6 +31,14 @@ class Faults:
     """Seconds until a new sandbox is on a machine."""
     lose_create: bool = False
     """A create is done, and its answer is an error that the SDK does not retry."""
+    lose_terminate: bool = False
+    """A sandbox is ended, and the answer is an error that the SDK does not retry."""
+    fail_snapshot: bool = False
+    """No snapshot can be taken."""
+    slow_snapshot: float = 0.0
+    """Seconds that a snapshot takes."""
+    refused: set[str] = field(default_factory=set)
+    """Calls, by their names, that fail in a way that the SDK does not retry."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often each call was made."""
 
@@ -67,6 +75,8 @@ class Service:
             if faults.unavailable:
                 faults.unavailable -= 1
                 raise GRPCError(Status.UNAVAILABLE, "the emulator was told to be unavailable")
+            if name in faults.refused:
+                raise GRPCError(Status.DATA_LOSS, f"the emulator was told to refuse {name}")
             if faults.throttled:
                 faults.throttled -= 1
                 policy = faults.retry_after and [api_pb2.RPCRetryPolicy(retry_after_secs=faults.retry_after)]
