@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
+import anyio
 import pytest
 
-from mabridge import ConfigError, sandbox_key
+from mabridge import ConfigError, Sandbox, SandboxSpec, SandboxUnavailable, sandbox_key
+from mabridge.providers.local import LocalSandbox
 from mabridge.sandboxes import NamedProvider
 from mabridge.testing import Agent, Environment
 from tests.worker.conftest import Serve
@@ -68,3 +71,57 @@ async def test_sandbox_of_a_terminated_session_is_removed_though_others_are_kept
         session.terminate()
         await watched.until("session.released")
     assert not place.keys
+
+
+async def test_sandbox_that_is_found_again_is_kept_alive_at_once(
+    environment: Environment, serve: Serve, tmp_path: Path
+):
+    """Nobody knows how much of its time is left."""
+    place = Place(tmp_path / "root")
+    named = NamedProvider(name="", provider=place, ttl=600)
+    async with serve({"s": named}, clean_up=False) as watched:
+        session = environment.create_session(brain, message="go")
+        await watched.until("session.released")
+    (key,) = place.keys
+    deadline = tmp_path / "root" / key / "deadline"
+    os.utime(deadline, (time.time() + 30,) * 2)
+    async with serve({"s": named}, clean_up=False) as watched:
+        session.send_message("again")
+        await watched.until("session.released")
+    assert deadline.stat().st_mtime > time.time() + 500
+
+
+async def test_keeping_alive_that_fails_is_tried_again_soon(environment: Environment, serve: Serve, tmp_path: Path):
+    place = Tiring(tmp_path / "root")
+    async with serve({"s": NamedProvider(name="", provider=place, ttl=6)}, max_idle=3600, clean_up=False):
+        environment.create_session(brain, message="go")
+        with anyio.fail_after(30):
+            await place.kept_alive.wait()
+    first, second = place.asked_at
+    assert second - first < 6 / 3
+
+
+class Tiring(Place):
+    """One that does not keep a sandbox alive the first time that it is asked."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked_at: list[float] = []
+        self.kept_alive = anyio.Event()
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        await super().create(spec)
+        return TiringSandbox(self._root / spec.key, self)
+
+
+class TiringSandbox(LocalSandbox):
+    def __init__(self, path: Path, place: Tiring) -> None:
+        super().__init__(path)
+        self._place = place
+
+    async def keep_alive(self, ttl: float) -> None:
+        self._place.asked_at.append(anyio.current_time())
+        if len(self._place.asked_at) == 1:
+            raise SandboxUnavailable("not now", provider="place", op="keep_alive")
+        await super().keep_alive(ttl)
+        self._place.kept_alive.set()
