@@ -156,8 +156,27 @@ def test_neighbouring_read_only_calls_run_together_and_others_wait_for_them():
     book.finished("a")
     assert book.actions() == []
     book.finished("b")
+    # Another worker reads again what was not accepted, and must not see what "c" has changed.
+    assert book.actions() == []
+    book.settled("a", 0.0)
+    assert book.actions() == []
+    book.settled("b", 0.0)
     assert shape(book.actions()) == [("Run", "c")]
     book.finished("c")
+    assert shape(book.actions()) == [("Run", "d")]
+
+
+def test_interrupted_read_holds_up_nobody_though_its_answer_is_on_its_way():
+    book = ledger()
+    interrupt = event("user.interrupt", session_thread_id=None)
+    calls = use("a", "read"), use("b", "bash"), use("c", "read")
+    assert shape(given_events(*calls, interrupt, use("d", "bash"), into=book)) == [
+        ("Run", "a"),
+        ("Cancel", "a"),
+        ("Answer", "b"),
+        ("Answer", "c"),
+    ]
+    book.finished("a")
     assert shape(book.actions()) == [("Run", "d")]
 
 

@@ -6,7 +6,8 @@ The platform's rules for a self-hosted worker live here (https://platform.claude
   that is not known, waits for an explicit ``allow``. Calls of other tools belong to another client of the session.
 - A call is run once. It counts as answered when anybody's result for it is seen, the platform's own included.
 - A thread that has ended takes no more results. An interrupt stops what runs and closes what waits.
-- Within a thread calls run in the agent's order, but neighbouring read-only ones together. Threads run side by side.
+- Within a thread calls run in the agent's order, but neighbouring read-only ones together; what changes anything waits
+  until the results of those before it were accepted. Threads run side by side.
 - The session is done with some time after it has gone idle, unless it is idle because it waits for an answer.
 
 The platform decides afresh for each call whether its tool may run, so a change of the agent's tools
@@ -306,7 +307,7 @@ class Ledger:
                 continue
             if entry.state in (_State.HELD, _State.READY):
                 self._actions.append(Answer(entry.call))
-                entry.state = _State.SENDING
+                entry.state, entry.cancelled = _State.SENDING, True
             elif entry.state is _State.RUNNING and not entry.cancelled:
                 entry.cancelled = True
                 self._actions.append(Cancel(entry.call, "interrupted"))
@@ -335,21 +336,28 @@ class Ledger:
 
     def _schedule(self) -> None:
         for entries in self._by_thread():
-            running = [entry.call for entry in entries if entry.state is _State.RUNNING]
+            # What was read counts until its result is accepted: should that get lost with this worker, the next one
+            # reads again, and must not see what a later call has changed.
+            before = [entry.call for entry in entries if self._stands_before_others(entry)]
             for entry in entries:
                 if entry.state is not _State.READY:
                     continue
-                beside_others = all(call.name in self._read_only for call in (entry.call, *running))
-                if running and not beside_others:
+                beside_others = all(call.name in self._read_only for call in (entry.call, *before))
+                if before and not beside_others:
                     break
                 entry.state = _State.RUNNING
-                running.append(entry.call)
+                before.append(entry.call)
                 self._actions.append(Run(entry.call))
+
+    def _stands_before_others(self, entry: _Entry) -> bool:
+        if entry.state is _State.SENDING:
+            return entry.call.name in self._read_only and not entry.cancelled
+        return entry.state is _State.RUNNING
 
     def _by_thread(self) -> Iterable[list[_Entry]]:
         threads: dict[str | None, list[_Entry]] = {}
         for entry in self._entries.values():
-            if entry.state in (_State.READY, _State.RUNNING):
+            if entry.state in (_State.READY, _State.RUNNING, _State.SENDING):
                 threads.setdefault(entry.call.thread, []).append(entry)
         return threads.values()
 
