@@ -7,6 +7,7 @@ proxy and the runner before a sandbox, and the daemon in it. What hurts is here 
 - A command's text is the stdin of a shell. Its stdout and stderr are one text, invalid UTF-8 is replaced, and nothing
   is bounded. A time-out kills the process group and loses the output. A caller that goes away changes nothing.
 - The answer waits for whoever holds the output open.
+- A terminal runs a login shell, and cuts off whoever reads slower than it writes: see `daytona_terminal`.
 - The list is late, for what is new and for what is gone, which it may show again as started (their issue 5138).
 - While a sandbox changes its state, another change is refused with 409. A deleted one has no name from then on, but an
   id, until it is destroyed.
@@ -37,6 +38,7 @@ from aiohttp import web
 from daytona_api_client_async import CreateSandbox
 from daytona_toolbox_api_client_async import ExecuteRequest
 
+from tests.emulators.daytona_terminal import Terminal
 from tests.emulators.machine import Machine
 
 KEY = "dtn_emulated"
@@ -58,6 +60,12 @@ class Box:
         self.gone_at: float | None = None
         self.ends: float | None = None
         self.error: str | None = None
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The daemon's own variables, which commands have too."""
+        own = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/home/daytona", "LANG": "C.UTF-8", "USER": "daytona"}
+        return {**own, **(self.asked.env or {})}
 
     def shown(self, base: str) -> dict[str, Any]:
         asked = self.asked
@@ -116,6 +124,8 @@ class DaytonaEmulator:
         self.requests: list[str] = []
         """The method and path of each, in order."""
         self.boxes: dict[str, Box] = {}
+        self.terminals: dict[str, Terminal] = {}
+        """Those that are open, by the id that was asked for."""
         self.url = self._base = ""
         self.api_key = KEY
         self._faults: list[tuple[re.Pattern[str], int, dict[str, str], str]] = []
@@ -139,6 +149,8 @@ class DaytonaEmulator:
                 web.get("/api/snapshots/{name}", self._snapshot),
                 web.post("/toolbox/{id}/process/execute", self._execute),
                 web.post("/toolbox/{id}/files/bulk-upload", self._upload),
+                web.get("/toolbox/{id}/process/pty/create-connect", self._open_terminal),
+                web.delete("/toolbox/{id}/process/pty/{terminal}", self._kill_terminal),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -353,15 +365,33 @@ class DaytonaEmulator:
             raise Refused(400, "no IP address found. Is the Sandbox started?")
         return box
 
+    async def _open_terminal(self, request: web.Request) -> web.StreamResponse:
+        box = self._machine(request)
+        name, size = request.query["id"], (int(request.query["rows"]), int(request.query["cols"]))
+        if name in self.terminals:
+            raise Refused(409, f"PTY session with ID '{name}' already exists")
+        env = {**box.env, "TERM": "xterm-256color"}
+        terminal = self.terminals[name] = Terminal(box.machine, lambda: self.latency)
+        try:
+            return await terminal.serve(request, [self.shell, "-i", "-l"], request.query.get("cwd"), env, size)
+        finally:
+            del self.terminals[name]
+
+    async def _kill_terminal(self, request: web.Request) -> web.Response:
+        self._machine(request)
+        terminal = self.terminals.get(request.match_info["terminal"])
+        if terminal is None:
+            raise Refused(404, "PTY session not found")
+        await terminal.kill()
+        return web.json_response({"message": "PTY session deleted"})
+
     async def _execute(self, request: web.Request) -> web.Response:
         asked = ExecuteRequest.from_dict(await request.json())
         assert asked is not None
         box = self._machine(request)
         if not asked.command.strip():
             raise Refused(400, "command cannot be empty or whitespace-only")
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/home/daytona", "LANG": "C.UTF-8", "USER": "daytona"}
-        env.update(box.asked.env or {})
-        env.update(asked.envs or {})
+        env = {**box.env, **(asked.envs or {})}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         door = await box.machine.spawn([self.shell], cwd=asked.cwd or "/home/daytona", env=env, **pipes)
         late = False

@@ -20,7 +20,7 @@ from mabridge.errors import (
     SandboxUnavailable,
 )
 from mabridge.providers.daytona import DaytonaOptions, DaytonaProvider
-from mabridge.sandbox import EnvVar, Sandbox, SandboxSpec, SupportsProcess, SupportsSuspend
+from mabridge.sandbox import EnvVar, Sandbox, SandboxSpec, SupportsSuspend
 from mabridge.testing.conformance import find, living, new_spec, run, sh, wait_for_file
 from tests.emulators import machine
 from tests.emulators.daytona import KEY, DaytonaEmulator
@@ -200,10 +200,6 @@ async def test_call_on_a_stopped_sandbox_says_that_it_is_stopped(
     await living_are(emulator)
     with pytest.raises(SandboxGone):
         await run(sandbox, "true")
-
-
-async def test_process_is_not_claimed_to_be_held_open(sandbox: Sandbox) -> None:
-    assert not isinstance(sandbox, SupportsProcess)
 
 
 # Making sandboxes.

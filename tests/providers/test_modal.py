@@ -9,20 +9,15 @@ import pytest
 from mabridge.providers.modal import ModalOptions, ModalProvider
 from mabridge.sandbox import EnvVar, Provider
 from mabridge.testing import SandboxConformance
-from tests.emulators.modal import Emulator
+from tests.emulators.modal import Emulator, emulated
 
 TOKEN = {"token_id": EnvVar(env="MODAL_TOKEN_ID"), "token_secret": EnvVar(env="MODAL_TOKEN_SECRET")}
 
 
 @pytest.fixture(scope="class")
 async def emulator(anyio_backend: str) -> AsyncIterator[Emulator]:
-    """The service, with the SDK's own settings pointing to it."""
-    async with Emulator() as emulator:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MODAL_SERVER_URL", emulator.url)
-            patch.setenv("MODAL_TOKEN_ID", emulator.token_id)
-            patch.setenv("MODAL_TOKEN_SECRET", emulator.token_secret)
-            yield emulator
+    async with emulated() as emulator:
+        yield emulator
 
 
 def options(emulator: Emulator, **more) -> ModalOptions:

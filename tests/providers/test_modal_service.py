@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import anyio
 import pytest
@@ -18,32 +15,17 @@ from mabridge.errors import AtCapacity, ConfigError, CreateFailed, NotSupported,
 from mabridge.providers.modal import ModalProvider
 from mabridge.sandbox import EnvVar, Process, Sandbox, SandboxSpec
 from mabridge.testing.conformance.helpers import find, new_spec, run, sh, wait_for_file
-from tests.emulators.modal import Emulator
+from tests.emulators.modal import Emulator, emulated
 from tests.emulators.modal.service import Faults
 from tests.providers.test_modal import options
 
 pytestmark = pytest.mark.anyio
 
-CONFIG = """\
-[worker]
-environment_id = "env_1"
-environment_key = { env = "TEST_KEY" }
-
-[providers.there]
-type = "modal"
-image = "im-emulated"
-connect_timeout = 5
-"""
-
 
 @pytest.fixture(scope="module")
 async def emulator(anyio_backend: str) -> AsyncIterator[Emulator]:
-    async with Emulator() as emulator:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MODAL_SERVER_URL", emulator.url)
-            patch.setenv("MODAL_TOKEN_ID", emulator.token_id)
-            patch.setenv("MODAL_TOKEN_SECRET", emulator.token_secret)
-            yield emulator
+    async with emulated() as emulator:
+        yield emulator
 
 
 @pytest.fixture
@@ -349,53 +331,3 @@ async def test_end_is_known_though_the_shell_beside_the_command_was_killed(sandb
         result = await sh(sandbox, "sleep 40 & echo out; kill -9 $PPID; sleep 1; echo more")
     assert (result.exit_code, result.timed_out) == (137, False)
     assert result.stdout.startswith(b"out\n")
-
-
-async def check(tmp_path: Path, *python: str, **changes: str) -> tuple[int, str]:
-    """Run ``mabridge check there`` in a process of its own; return its exit code and what it said."""
-    (tmp_path / "mabridge.toml").write_text(CONFIG)
-    kept = {name: os.environ[name] for name in ("PATH", "MODAL_SERVER_URL", "MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET")}
-    env = {**kept, "HOME": str(tmp_path), "COLUMNS": "200", **changes}
-    command = [sys.executable, *(python or ("-m", "mabridge.cli")), "check", "there"]
-    with anyio.fail_after(60):
-        done = await anyio.run_process(command, cwd=tmp_path, env=env, check=False)
-    return done.returncode, done.stderr.decode()
-
-
-async def test_check_passes_by_the_command_line(emulator: Emulator, tmp_path: Path) -> None:
-    assert (await check(tmp_path))[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"MODAL_TOKEN_SECRET": "wrong"}, "token"),
-        ({"MODAL_TOKEN_ID": "", "MODAL_TOKEN_SECRET": ""}, "modal token new"),
-        ({"MODAL_SERVER_URL": "http://127.0.0.1:9"}, "could not be reached"),
-    ],
-)
-async def test_check_says_in_one_line_what_is_wrong(
-    emulator: Emulator, tmp_path: Path, changes: dict[str, str], said: str
-) -> None:
-    code, stderr = await check(tmp_path, **changes)
-    assert code == 2
-    assert said in stderr
-    assert len(stderr.strip().splitlines()) == 1
-    assert "as-" not in stderr, "the secret was told"
-
-
-async def test_check_without_the_sdk_says_what_to_install(emulator: Emulator, tmp_path: Path) -> None:
-    without = """
-import sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name == "modal" or name.startswith("modal."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Without())
-from mabridge.cli import main
-main()
-"""
-    code, stderr = await check(tmp_path, "-c", without)
-    assert code == 2
-    assert "pip install 'mabridge[modal]'" in stderr
-    assert len(stderr.strip().splitlines()) == 1

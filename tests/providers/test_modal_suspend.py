@@ -11,36 +11,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mabridge import ProviderConfig
 from mabridge.errors import NotSupported, SandboxError, SandboxUnavailable
 from mabridge.identity import KEY_LABEL
 from mabridge.providers.modal import ModalProvider
 from mabridge.providers.modal.shelf import Kept
 from mabridge.sandbox import SandboxSpec
-from mabridge.testing import Agent, Environment
 from mabridge.testing.conformance.helpers import find, new_key, new_spec, sh
-from tests.emulators.modal import Emulator
+from tests.emulators.modal import Emulator, emulated
 from tests.emulators.modal.service import Faults
-from tests.providers.test_modal import emulator, options  # noqa: F401 - fixtures
-from tests.worker.conftest import Serve, environment, local, plane, serve  # noqa: F401 - fixtures
+from tests.providers.test_modal import options
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def faults(emulator: Emulator) -> AsyncIterator[Faults]:  # noqa: F811
-    """What goes wrong, until the test is done."""
-    yield emulator.faults
-    emulator.faults.__init__()
+async def emulator(anyio_backend: str) -> AsyncIterator[Emulator]:
+    async with emulated() as emulator:
+        yield emulator
 
 
 @pytest.fixture
-async def provider(emulator: Emulator) -> AsyncIterator[ModalProvider]:  # noqa: F811
+def faults(emulator: Emulator) -> Faults:
+    return emulator.faults
+
+
+@pytest.fixture
+async def provider(emulator: Emulator) -> AsyncIterator[ModalProvider]:
     async with ModalProvider(options(emulator)) as provider:
         yield provider
 
 
-def records(emulator: Emulator) -> list[str]:  # noqa: F811
+def records(emulator: Emulator) -> list[str]:
     return sorted(emulator.control.volumes.get("mabridge-suspended", ()))
 
 
@@ -48,7 +49,7 @@ class TestSuspending:
     async def test_files_are_kept_and_nothing_that_ran(self, emulator: Emulator, provider: ModalProvider) -> None:
         spec = new_spec()
         sandbox = await provider.create(SandboxSpec(key=spec.key, labels=spec.labels, workdir="/srv/work", ttl=500))
-        await sh(sandbox, "echo old > /srv/work/mark; chmod 751 mark; ln -s mark link; echo o > /opt-file; sleep 4242 &")
+        await sh(sandbox, "echo old > mark; chmod 751 mark; ln -s mark link; echo o > /elsewhere; sleep 4242 &")
         before = await find(provider, spec.key)
         await sandbox.suspend()
         info = await find(provider, spec.key)
@@ -58,7 +59,7 @@ class TestSuspending:
             await sh(sandbox, "true")
         async with ModalProvider(options(emulator)) as other:
             woken = await other.attach(spec.key)
-            told = await sh(woken, "pwd; cat link /opt-file; stat -c %a mark; pgrep -f '[s]leep 4242'")
+            told = await sh(woken, "pwd; cat link /elsewhere; stat -c %a mark; pgrep -f '[s]leep 4242'")
             assert told.stdout == b"/srv/work\nold\no\n751\n"
             after = await find(other, spec.key)
             assert (after.state, after.labels, after.id) == ("running", before.labels, woken.id)
@@ -209,7 +210,11 @@ class TestFailures:
         sandbox = await provider.create(spec := new_spec())
         await sandbox.suspend()
         faults.refused = {"VolumeListFiles"}
-        for call in (lambda: provider.attach(spec.key), lambda: provider.create(spec), lambda: find(provider, spec.key)):
+        for call in (
+            lambda: provider.attach(spec.key),
+            lambda: provider.create(spec),
+            lambda: find(provider, spec.key),
+        ):
             with pytest.raises(SandboxUnavailable):
                 await call()
         faults.refused = set()
@@ -294,28 +299,3 @@ def test_record_is_read_as_it_was_written(tags: dict[str, str]) -> None:
     assert Kept.read("/".join(names)) == kept
     for depth in range(len(names)):
         assert Kept.read("/".join(names[:depth])) is None, "a directory on the way is taken for a record"
-
-
-async def test_session_goes_on_in_its_suspended_sandbox_at_another_worker(
-    emulator: Emulator,  # noqa: F811
-    environment: Environment,  # noqa: F811
-    serve: Serve,  # noqa: F811
-) -> None:
-    token = {"token_id": {"env": "MODAL_TOKEN_ID"}, "token_secret": {"env": "MODAL_TOKEN_SECRET"}}
-    config = ProviderConfig(type="modal", options={"image": emulator.image_id, **token}, when_done="suspend")
-
-    async def brain(agent: Agent) -> None:
-        script = "X=kept; echo here > file; mkdir d; cd d" if agent.text == "go" else "pwd; echo $X; cat /workspace/file"
-        agent.session.reply = await agent.call("bash", {"command": script})
-
-    session = environment.create_session(brain)
-    for text, found in (("go", "sandbox.created"), ("again", "sandbox.attached")):
-        async with serve({"p": config}, clean_up=text == "again") as watched:
-            session.send_message(text)
-            await watched.until(found)
-            await session.wait_idle(timeout=60)
-            await watched.until("sandbox.suspended")
-            await watched.until("session.released")
-        assert not [task for task in emulator.control.sandboxes.values() if task.result is None]
-    assert session.reply.text.split() == ["/workspace/d", "kept", "here"]
-    assert (records(emulator), emulator.control.snapshots.ids) == ([], {})

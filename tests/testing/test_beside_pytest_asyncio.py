@@ -8,24 +8,36 @@ from pathlib import Path
 
 import pytest
 
-MODULE = """
+MODULE = '''
 import asyncio
 import pytest
 from mabridge.providers.local import LocalOptions, LocalProvider
 from mabridge.testing import SandboxConformance
 
 
+class Bound(LocalProvider):
+    """As one that holds connections open: of use on one event loop only."""
+
+    async def __aenter__(self):
+        self.loop = asyncio.get_running_loop()
+        return self
+
+    async def create(self, spec):
+        assert asyncio.get_running_loop() is self.loop
+        return await super().create(spec)
+
+
 class TestLocal(SandboxConformance):
     @pytest.fixture(scope="class")
     async def provider(self, anyio_backend, tmp_path_factory):
-        async with LocalProvider(LocalOptions(root=tmp_path_factory.mktemp("root"))) as provider:
+        async with Bound(LocalOptions(root=tmp_path_factory.mktemp("root"))) as provider:
             yield provider
 
 
 @pytest.mark.asyncio
 async def test_of_the_projects_own():
     await asyncio.sleep(0)
-"""
+'''
 SOME = "of_the_projects_own or what_was_written_is_read or arguments_pass_exactly or removed_sandbox_is_gone_for"
 
 
