@@ -20,9 +20,9 @@ from anthropic import APIError, APIStatusError
 from mabridge.control_plane.queue import WorkQueue, WorkStatus
 from mabridge.errors import MabridgeError
 from mabridge.identity import ENVIRONMENT_LABEL, KEY_LABEL, SESSION_LABEL, sandbox_key
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Event, Observers
 from mabridge.sandbox import SandboxInfo
-from mabridge.sandboxes import NamedProvider
 
 __all__ = ["Orphan", "Reaper", "Sweep"]
 

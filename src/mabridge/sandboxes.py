@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import anyio
 
-from mabridge.breaker import Breaker
-from mabridge.config import ProviderConfig, cannot_suspend
-from mabridge.errors import AtCapacity, ConfigError, CreateFailed, MabridgeError, SandboxError, SandboxUnavailable
+from mabridge.errors import CreateFailed, MabridgeError, SandboxError, SandboxUnavailable
+from mabridge.gate import Gate, ours
 from mabridge.identity import sandbox_key, sandbox_labels
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Event, EventName, Observers
-from mabridge.plugins import make_provider
-from mabridge.sandbox import Provider, Sandbox, SandboxSpec, SupportsSuspend
+from mabridge.sandbox import Sandbox, SandboxSpec, SupportsSuspend
 from mabridge.telemetry import sandbox_span
 
-__all__ = ["Held", "NamedProvider", "Sandboxes"]
+__all__ = ["Held", "Sandboxes"]
 
 _log = logging.getLogger(__name__)
-
-WhenDone = Literal["keep", "suspend", "teardown"]
 
 _ATTACH_DEADLINE = 30.0
 _TEARDOWN_DEADLINE = 60.0
@@ -31,58 +26,6 @@ _CREATE_GRACE = 10.0
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
 _STRAY_PAUSE = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NamedProvider:
-    """A provider as it was configured.
-
-    Attributes:
-        name: what the configuration calls this instance.
-        provider: the adapter, entered.
-        when_done: what becomes of a sandbox when its session is done with.
-        ttl: seconds that a sandbox outlives its worker.
-        idle_ttl: seconds that it is kept for its session's next message; ``ttl`` by default.
-        max_sandboxes: sessions that may have a sandbox here at once, of this worker; ``None`` is no limit.
-    """
-
-    name: str
-    provider: Provider
-    when_done: WhenDone = "keep"
-    ttl: float = 3600.0
-    idle_ttl: float | None = None
-    max_sandboxes: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what the provider cannot do.
-
-        Raises:
-            ConfigError: sandboxes are to be suspended that cannot be.
-        """
-        if self.when_done == "suspend" and not self.provider.can_suspend:
-            raise ConfigError(f"{self.name or self.provider.type}: when_done: {cannot_suspend(self.provider)}")
-
-    @classmethod
-    def configured(cls, name: str, config: ProviderConfig) -> NamedProvider:
-        """Return the instance that `config` describes; its provider is still to be entered.
-
-        Raises:
-            ConfigError: the configuration is wrong.
-            PluginError: the provider's class cannot be loaded.
-        """
-        return cls(
-            name=name,
-            provider=make_provider(config, name),
-            when_done=config.when_done,
-            ttl=config.ttl,
-            idle_ttl=config.idle_ttl,
-            max_sandboxes=config.max_sandboxes,
-        )
-
-    @property
-    def kept_for(self) -> float:
-        """Seconds that a sandbox is kept for its session's next message."""
-        return self.ttl if self.idle_ttl is None else self.idle_ttl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +104,7 @@ class Sandboxes:
         self._workdir = workdir
         self._observers = observers
         self._create_timeout = create_timeout
-        self._breakers = {name: Breaker() for name in providers}
-        self._full_until = dict.fromkeys(providers, 0.0)
-        self._places: dict[str, set[str]] = {name: set() for name in providers}
+        self._gates = {name: Gate(named, observers) for name, named in providers.items()}
         self._freed = anyio.Event()
 
     @property
@@ -214,12 +155,10 @@ class Sandboxes:
 
     def release(self, session_id: str) -> None:
         """Say that a session is not served here any more, so that its place at its provider is free."""
-        for name, sessions in self._places.items():
-            if session_id in sessions:
-                sessions.discard(session_id)
-                if self._providers[name].max_sandboxes is not None:
-                    self._freed.set()
-                    self._freed = anyio.Event()
+        left = [gate for gate in self._gates.values() if gate.leave(session_id)]
+        if left:
+            self._freed.set()
+            self._freed = anyio.Event()
 
     async def tend(self, held: Held) -> None:
         """Keep the sandbox from ending by itself, and remove what a failed create may have left, until cancelled."""
@@ -231,7 +170,7 @@ class Sandboxes:
             while True:
                 pause = held.by.ttl / 3
                 try:
-                    with _ours(held.by, "keep_alive"), anyio.fail_after(_ATTACH_DEADLINE):
+                    with ours(held.by, "keep_alive"), anyio.fail_after(_ATTACH_DEADLINE):
                         await held.sandbox.keep_alive(held.by.ttl)
                 except (MabridgeError, TimeoutError) as error:
                     _log.warning("sandbox %s could not be kept alive: %s", held.sandbox.id, error or "no answer")
@@ -250,7 +189,7 @@ class Sandboxes:
         reason = None
         with anyio.CancelScope(shield=True), anyio.move_on_after(_TEARDOWN_DEADLINE) as scope:
             try:
-                with _ours(held.by, "put away"):
+                with ours(held.by, "put away"):
                     if for_good or held.by.when_done == "teardown":
                         await held.sandbox.teardown()
                         done = "sandbox.removed"
@@ -275,13 +214,13 @@ class Sandboxes:
             # Each gets its share of the time, and making one as well: what hangs must leave some to the others.
             share = max((deadline - started) / (len(names) - index + 1), 1.0)
             try:
-                with self._answering(by, "attach", min(_ATTACH_DEADLINE, share)):
+                with self._gates[name].answering("attach", min(_ATTACH_DEADLINE, share)):
                     sandbox = await by.provider.attach(key)
             except MabridgeError as error:
                 self._failed(session_id, by, error, failures)
                 continue
             if sandbox is not None:
-                self._places[name].add(session_id)
+                self._gates[name].enter(session_id)
                 self._emit("sandbox.attached", session_id, by, sandbox_id=sandbox.id, started=started)
                 return Held(key=key, sandbox=sandbox, by=by, created=False)
         return None
@@ -294,16 +233,14 @@ class Sandboxes:
         for index, name in enumerate(candidates):
             by, started = self._providers[name], anyio.current_time()
             try:
-                with self._place(session_id, by):
+                with self._gates[name].place(session_id):
                     share = max((deadline - started) / (len(candidates) - index), 1.0)
                     spec = self._spec(session_id, by)
-                    with self._answering(by, "create", float("inf")):
+                    with self._gates[name].answering("create", float("inf")):
                         sandbox = await _whole(by.provider.create(spec), timeout=share)
             except MabridgeError as error:
                 if isinstance(error, SandboxUnavailable):
                     strays.append(by)
-                if isinstance(error, AtCapacity) and error.retry_after:
-                    self._full_until[name] = anyio.current_time() + error.retry_after
                 self._failed(session_id, by, error, failures)
                 continue
             if failures:
@@ -321,48 +258,6 @@ class Sandboxes:
             ttl=by.ttl,
         )
 
-    @contextmanager
-    def _place(self, session_id: str, by: NamedProvider) -> Iterator[None]:
-        """Hold a place at a provider while a sandbox is made, and keep it if that succeeds."""
-        taken = self._places[by.name]
-        if by.max_sandboxes is not None and session_id not in taken and len(taken) >= by.max_sandboxes:
-            message = f"all {by.max_sandboxes} that max_sandboxes allows are in use"
-            raise AtCapacity(message, provider=by.provider.type, op="create")
-        left = self._full_until[by.name] - anyio.current_time()
-        if left > 0:
-            message = f"it has no room, and said to ask again in {left:.0f} s"
-            raise AtCapacity(message, provider=by.provider.type, op="create", retry_after=left)
-        taken.add(session_id)
-        try:
-            yield
-        except BaseException:
-            taken.discard(session_id)
-            raise
-
-    @contextmanager
-    def _answering(self, by: NamedProvider, op: str, timeout: float) -> Iterator[None]:
-        """Give the provider `timeout` seconds to answer, unless it has not answered for some time."""
-        breaker = self._breakers[by.name]
-        left = breaker.wait(anyio.current_time())
-        if left > 0:
-            message = f"it is left alone for {left:.0f} s more, since it did not answer: {breaker.last}"
-            raise SandboxUnavailable(message, provider=by.provider.type, op=op, retry_after=left)
-        try:
-            with _ours(by, op), anyio.fail_after(timeout):
-                yield
-        except (SandboxUnavailable, TimeoutError) as caught:
-            error = caught if isinstance(caught, SandboxUnavailable) else None
-            error = error or SandboxUnavailable("no answer in time", provider=by.provider.type, op=op)
-            if breaker.failed(str(error), anyio.current_time()):
-                self._observers.emit(Event(name="provider.down", provider=by.name, reason=str(error)))
-            raise error from caught.__cause__
-        except MabridgeError:
-            breaker.succeeded()
-            raise
-        if breaker.tripped:
-            self._observers.emit(Event(name="provider.up", provider=by.name))
-        breaker.succeeded()
-
     async def _remove_stray(self, by: NamedProvider, held: Held) -> None:
         """Look until it is known whether a create that failed left a sandbox behind, and remove it."""
         pause = _STRAY_PAUSE
@@ -371,7 +266,7 @@ class Sandboxes:
         while True:
             await anyio.sleep(pause)
             try:
-                with _ours(by, "attach"), anyio.fail_after(_ATTACH_DEADLINE):
+                with ours(by, "attach"), anyio.fail_after(_ATTACH_DEADLINE):
                     stray = await by.provider.attach(held.key)
                     if stray is not None and not (same_place and stray.id == held.sandbox.id):
                         await stray.teardown()
@@ -407,16 +302,3 @@ class Sandboxes:
                 seconds=seconds,
             )
         )
-
-
-@contextmanager
-def _ours(by: NamedProvider, op: str) -> Iterator[None]:
-    """Make an error of ours out of whatever an adapter lets through: a fault of its own must not end a session."""
-    try:
-        yield
-    except (MabridgeError, TimeoutError):
-        raise
-    except Exception as error:
-        _log.exception("%s (%s) failed in its own code", by.name, by.provider.type)
-        message = f"the provider failed in its own code ({type(error).__name__})"
-        raise SandboxError(message, provider=by.provider.type, op=op) from error

@@ -22,12 +22,13 @@ from mabridge.control_plane.lease import LeaseEnd
 from mabridge.control_plane.queue import ClaimedWork, WorkQueue
 from mabridge.errors import ConfigError
 from mabridge.limits import bound_open_files
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Event, Observer, Observers
 from mabridge.plugins import registry
 from mabridge.reaper import Reaper
 from mabridge.routing import Route
 from mabridge.sandbox import Provider
-from mabridge.sandboxes import NamedProvider, Sandboxes
+from mabridge.sandboxes import Sandboxes
 from mabridge.session import SessionRun, SessionSettings
 from mabridge.telemetry import Metrics, work_span
 from mabridge.tools import ToolLimits
@@ -63,7 +64,7 @@ class Worker:
         environment_id: ``env_...``; by default the variable ``ANTHROPIC_ENVIRONMENT_ID``.
         environment_key: by default the variable ``ANTHROPIC_ENVIRONMENT_KEY``. It never enters a sandbox.
         providers: by a name of your choice: configurations, or `Provider` objects, which the worker enters, by
-            themselves or in a `mabridge.sandboxes.NamedProvider` that says what becomes of their sandboxes.
+            themselves or in a `mabridge.named_provider.NamedProvider` that says what becomes of their sandboxes.
         routes: which providers may serve a session; without any, all of them in order.
         max_sessions: sessions served at once. No more are claimed.
         max_idle: seconds that a session is kept after its agent has ended its turn; ``None`` is for ever.

@@ -16,11 +16,11 @@ from anthropic import AsyncAnthropic
 from mabridge.config import ProviderConfig
 from mabridge.control_plane.queue import WorkQueue
 from mabridge.identity import ENVIRONMENT_LABEL, sandbox_key
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Observers
 from mabridge.plugins import make_provider
 from mabridge.reaper import Reaper
 from mabridge.sandbox import Provider
-from mabridge.sandboxes import NamedProvider
 from mabridge.testing import Agent, BrainFailed, Environment, Fault, Session
 from tests.chaos.crew import WorkerSettings, crew
 from tests.chaos.killer import Killer, WatchedPlane

@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 from mabridge import ConfigError, Sandbox, SandboxSpec, SandboxUnavailable, sandbox_key
+from mabridge.named_provider import NamedProvider
 from mabridge.providers.local import LocalSandbox
-from mabridge.sandboxes import NamedProvider
 from mabridge.testing import Agent, Environment
 from tests.worker.conftest import Serve
 from tests.worker.places import Place, Sleeper

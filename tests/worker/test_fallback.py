@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from mabridge.breaker import Breaker
-from mabridge.sandboxes import NamedProvider
+from mabridge.named_provider import NamedProvider
 from mabridge.testing import Agent, ControlPlane, Environment
 from tests.worker.conftest import Serve
 from tests.worker.places import Place

@@ -13,9 +13,9 @@ from anthropic import AsyncAnthropic
 from mabridge import ProviderConfig, Sandbox, SandboxSpec, sandbox_key, sandbox_labels
 from mabridge.cli import main
 from mabridge.control_plane.queue import WorkQueue
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Observers
 from mabridge.reaper import Reaper
-from mabridge.sandboxes import NamedProvider
 from mabridge.testing import Agent, ControlPlane, Environment, Fault, Session
 from tests.images import BUSYBOX
 from tests.worker.conftest import Serve

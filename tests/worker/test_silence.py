@@ -171,7 +171,7 @@ async def test_worker_serves_on_through_everything_odd_in_the_queue(
 
 
 async def test_item_whose_lease_is_taken_while_its_sandbox_is_removed_is_not_stopped(serve: Serve, tmp_path: Path):
-    from mabridge.sandboxes import NamedProvider
+    from mabridge.named_provider import NamedProvider
 
     place = Broken(tmp_path / "root", teardown=3.0, commands=False)
     async with ControlPlane(lease_ttl=5.0) as plane:

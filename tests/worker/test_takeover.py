@@ -10,9 +10,10 @@ import pytest
 
 from mabridge import Provider, Sandbox, SandboxSpec
 from mabridge.identity import sandbox_key
+from mabridge.named_provider import NamedProvider
 from mabridge.observe import Observers
 from mabridge.providers.local import LocalOptions, LocalProvider
-from mabridge.sandboxes import NamedProvider, Sandboxes
+from mabridge.sandboxes import Sandboxes
 from mabridge.testing import Agent, ControlPlane, Environment
 from tests.worker.conftest import Serve
 

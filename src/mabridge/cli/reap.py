@@ -88,9 +88,9 @@ async def _sweep(config: Config, dry_run: bool, older_than: float | None) -> Swe
 
     from mabridge.cli._platform import connect
     from mabridge.control_plane.queue import WorkQueue
+    from mabridge.named_provider import NamedProvider
     from mabridge.observe import Observers
     from mabridge.reaper import Reaper
-    from mabridge.sandboxes import NamedProvider
 
     failures: dict[str, str] = {}
     async with AsyncExitStack() as stack:
