@@ -36,6 +36,8 @@ async def start(container: DockerContainer) -> bool:
     stream = container.attach(stdout=True, stderr=True)
     try:
         await stream._init()
+        if container["State"]["Running"]:
+            return False
         await container.start()
         with anyio.move_on_after(_READY):
             while (message := await stream.read_out()) is not None:
