@@ -175,7 +175,7 @@ while True:
 async def test_processes_are_limited_and_killed_though_there_is_room_for_no_other(make, engine) -> None:
     sandbox = await make(base=images.DEBIAN, pids_limit=20)
     before = (await container_of(engine, sandbox))["State"]["StartedAt"]
-    result = await run(sandbox, "python3", "-c", FILL, timeout=3)
+    result = await run(sandbox, "python3", "-c", FILL, timeout=8)  # it takes a while to fill up where much else runs
     assert (result.timed_out, result.stdout) == (True, b"full\n")
     assert len((await sh(sandbox, "echo /proc/[0-9]*")).stdout.split()) <= 5
     assert (await container_of(engine, sandbox))["State"]["StartedAt"] == before

@@ -1,4 +1,7 @@
-"""What the engine has started, and the connection to it."""
+"""What the engine has started, and the connection to it.
+
+Where aiodocker has no call for something, its private attributes are used, here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ __all__ = ["Running", "start"]
 logger = logging.getLogger("mabridge.providers.docker")
 
 _CHUNK = 65536
+_STARTED_BEFORE = 304
 _READY = 10.0  # seconds for a container's first process to say that it runs
 
 
@@ -27,7 +31,7 @@ async def start(container: DockerContainer) -> bool:
     The engine calls a container running once its own init is, which is so with an image that has no shell as well.
 
     Returns:
-        Whether it was said: it is not where another worker has started the container before.
+        Whether it was said. If not, another worker has started the container before, or it is slow.
 
     Raises:
         SandboxGone: the container ended; with what was said instead.
@@ -36,9 +40,10 @@ async def start(container: DockerContainer) -> bool:
     stream = container.attach(stdout=True, stderr=True)
     try:
         await stream._init()
-        if container["State"]["Running"]:
-            return False
-        await container.start()
+        # Not container.start(), which does not tell this answer.
+        async with container.docker._query(f"containers/{container.id}/start", method="POST") as answer:
+            if answer.status == _STARTED_BEFORE:
+                return False
         with anyio.move_on_after(_READY):
             while (message := await stream.read_out()) is not None:
                 if message.stream == 1:
@@ -52,10 +57,7 @@ async def start(container: DockerContainer) -> bool:
 
 
 class Running:
-    """A started exec: its streams, without the line by which its shell says who it is.
-
-    Where aiodocker has no call for something, its private attributes are used, here and nowhere else.
-    """
+    """A started exec: its streams, without the line by which its shell says who it is."""
 
     def __init__(self, exec_: Exec) -> None:
         self.exec = exec_
