@@ -20,8 +20,8 @@ __all__ = ["Held", "Sandboxes"]
 
 _log = logging.getLogger(__name__)
 
-_ATTACH_DEADLINE = 30.0
-_TEARDOWN_DEADLINE = 60.0
+_ATTACH_DEADLINE = 60.0  # one that was suspended is woken by it
+_PUT_AWAY_DEADLINE = 120.0  # to suspend one may be to take a snapshot of its disk
 _CREATE_GRACE = 10.0
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
@@ -187,7 +187,7 @@ class Sandboxes:
         """
         done: EventName = "sandbox.kept"
         reason = None
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_TEARDOWN_DEADLINE) as scope:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_PUT_AWAY_DEADLINE) as scope:
             try:
                 with ours(held.by, "put away"):
                     if for_good or held.by.when_done == "teardown":

@@ -15,7 +15,7 @@ from mabridge.errors import NotSupported, SandboxError, SandboxUnavailable
 from mabridge.identity import KEY_LABEL
 from mabridge.providers.modal import ModalProvider
 from mabridge.providers.modal.shelf import Kept
-from mabridge.sandbox import SandboxSpec
+from mabridge.sandbox import Sandbox, SandboxSpec
 from mabridge.testing.conformance.helpers import find, new_key, new_spec, sh
 from tests.emulators.modal import Emulator, emulated
 from tests.emulators.modal.service import Faults
@@ -67,9 +67,24 @@ class TestSuspending:
         assert await provider.attach(spec.key) is None
         assert (records(emulator), emulator.control.snapshots.ids) == ([], {})
 
-    async def test_suspended_again_and_again_goes_on_from_the_last_time(
-        self, emulator: Emulator, provider: ModalProvider
+    async def test_service_without_volumes_is_of_use_but_for_suspending(
+        self, faults: Faults, provider: ModalProvider
     ) -> None:
+        faults.missing = "Volume"
+        assert await provider.attach((spec := new_spec()).key) is None
+        sandbox = await provider.create(spec)
+        with pytest.raises(SandboxError, match="do not fit"):
+            await sandbox.suspend()
+        assert (await sh(sandbox, "echo here")).stdout == b"here\n"
+        assert await find(provider, spec.key) is not None
+        await sandbox.teardown()
+        assert await find(provider, spec.key) is None
+
+    @pytest.mark.parametrize("volume_version", [1, 2])
+    async def test_suspended_again_and_again_goes_on_from_the_last_time(
+        self, emulator: Emulator, provider: ModalProvider, volume_version: int
+    ) -> None:
+        emulator.control.volume_version = volume_version
         sandbox = await provider.create(spec := new_spec())
         for turn in range(3):
             await sh(sandbox, f"echo {turn} >> log")
@@ -203,6 +218,50 @@ class TestFailures:
         woken = await provider.attach(spec.key)
         assert await woken.read_file("mark", max_bytes=100) == b"kept"
         await woken.teardown()
+
+    async def test_outage_of_the_records_is_told_and_leaves_nothing_running(
+        self, emulator: Emulator, provider: ModalProvider, faults: Faults
+    ) -> None:
+        sandbox = await provider.create(spec := new_spec())
+        faults.refused = {"VolumeGetOrCreate"}
+        with pytest.raises(SandboxUnavailable) as caught:
+            await sandbox.teardown()
+        assert caught.value.op == "teardown"
+        assert emulator.control.sandboxes[sandbox.id].result is not None
+        faults.refused = set()
+        assert await provider.attach(spec.key) is None
+
+    async def test_wake_that_is_cut_off_takes_nothing_from_another_worker(
+        self, emulator: Emulator, provider: ModalProvider, faults: Faults
+    ) -> None:
+        sandbox = await provider.create(spec := new_spec())
+        await sandbox.write_file("mark", b"kept")
+        await sandbox.suspend()
+        faults.slow_start = 2.0
+        faults.calls.clear()
+        woken: list[Sandbox] = []
+
+        async def called(name: str, count: int) -> None:
+            while faults.calls.get(name, 0) < count:  # noqa: ASYNC110 - nobody says so
+                await anyio.sleep(0.01)
+
+        async def wake(scope: anyio.CancelScope | None = None) -> None:
+            with scope or anyio.CancelScope():
+                woken.append(await provider.attach(spec.key))
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                first = anyio.CancelScope()
+                group.start_soon(wake, first)
+                await called("SandboxGetTaskIdV2", 1)
+                group.start_soon(wake)
+                # It has found what the first one made, and waits for it to run.
+                await called("SandboxTagsGetV2", 1)
+                await called("VolumeListFiles", 2)
+                first.cancel()
+        assert len(woken) == 1
+        assert await woken[0].read_file("mark", max_bytes=100) == b"kept"
+        await woken[0].teardown()
 
     async def test_outage_of_the_records_is_no_proof_of_absence(
         self, emulator: Emulator, provider: ModalProvider, faults: Faults

@@ -39,6 +39,8 @@ class Faults:
     """Seconds that a snapshot takes."""
     refused: set[str] = field(default_factory=set)
     """Calls, by their names, that fail in a way that the SDK does not retry."""
+    missing: str = "-"
+    """What the names of the calls begin with that the service does not have."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often each call was made."""
 
@@ -70,7 +72,7 @@ class Service:
             faults.calls[name] = faults.calls.get(name, 0) + 1
             await asyncio.sleep(faults.latency)
             self.check(stream)
-            if method is None:
+            if method is None or name.startswith(faults.missing):
                 raise GRPCError(Status.UNIMPLEMENTED, f"{name} is not emulated")
             if faults.unavailable:
                 faults.unavailable -= 1

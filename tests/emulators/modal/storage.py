@@ -56,7 +56,7 @@ class Snapshots:
 
 
 class Storage(Service):
-    """The calls about images that are known by their ids, and about volumes (of version 1)."""
+    """The calls about images that are known by their ids, and about volumes, which hold empty files."""
 
     def __init__(self, faults: Faults, snapshots: Snapshots, images: set[str]) -> None:
         super().__init__(faults)
@@ -65,6 +65,8 @@ class Storage(Service):
         self._blobs: set[str] = set()
         self.volumes: dict[str, set[str]] = {"stuff": set()}
         """The paths of the files in each volume."""
+        self.volume_version = 1
+        """Which of Modal's two file systems the volumes have."""
 
     def has_image(self, image_id: str) -> bool:
         """Whether a sandbox can be made from it."""
@@ -86,7 +88,8 @@ class Storage(Service):
             if request.object_creation_type != pb.OBJECT_CREATION_TYPE_CREATE_IF_MISSING:
                 raise GRPCError(Status.NOT_FOUND, f"Volume '{name}' not found in environment 'main'")
             self.volumes[name] = set()
-        metadata = pb.VolumeMetadata(version=pb.VOLUME_FS_VERSION_V1, name=name)
+        version = pb.VOLUME_FS_VERSION_V1 if self.volume_version == 1 else pb.VOLUME_FS_VERSION_V2
+        metadata = pb.VolumeMetadata(version=version, name=name)
         return pb.VolumeGetOrCreateResponse(volume_id=f"vo-{name}", metadata=metadata)
 
     async def MountPutFile(self, stream: Any, request: Any) -> Any:
@@ -96,16 +99,29 @@ class Storage(Service):
         return pb.MountPutFileResponse(exists=request.sha256_hex in self._blobs)
 
     async def VolumePutFiles(self, stream: Any, request: Any) -> Any:
-        files = self._files(request.volume_id)
-        for file in request.files:
-            path = file.filename.lstrip("/")
-            if len(path) > 4000 or any(not 0 < len(name) < 256 or name in (".", "..") for name in path.split("/")):
-                raise GRPCError(Status.INVALID_ARGUMENT, f"{path}: not a path")
-            assert file.sha256_hex in self._blobs
-        files.update(file.filename.lstrip("/") for file in request.files)
+        assert all(file.sha256_hex in self._blobs for file in request.files)
+        self._put(request.volume_id, [file.filename for file in request.files])
         return Empty()
 
+    async def VolumePutFiles2(self, stream: Any, request: Any) -> Any:
+        assert not any(file.size for file in request.files)
+        self._put(request.volume_id, [file.path for file in request.files])
+        return pb.VolumePutFiles2Response()
+
+    def _put(self, volume_id: str, paths: list[str]) -> None:
+        files, paths = self._files(volume_id), [path.lstrip("/") for path in paths]
+        for path in paths:
+            if len(path) > 4000 or any(not 0 < len(name) < 256 or name in (".", "..") for name in path.split("/")):
+                raise GRPCError(Status.INVALID_ARGUMENT, f"{path}: not a path")
+        files.update(paths)
+
     async def VolumeListFiles(self, stream: Any, request: Any) -> None:
+        await self._list(stream, request, pb.VolumeListFilesResponse)
+
+    async def VolumeListFiles2(self, stream: Any, request: Any) -> None:
+        await self._list(stream, request, pb.VolumeListFiles2Response)
+
+    async def _list(self, stream: Any, request: Any, response: type[Any]) -> None:
         files, under = self._files(request.volume_id), request.path.strip("/")
         found: dict[str, Any] = {}
         for path in files:
@@ -119,7 +135,7 @@ class Storage(Service):
         if under and not found:
             raise GRPCError(Status.NOT_FOUND, f"{under}: no such file or directory")
         for path, kind in found.items():  # in more than one piece
-            await stream.send_message(pb.VolumeListFilesResponse(entries=[pb.FileEntry(path=path, type=kind)]))
+            await stream.send_message(response(entries=[pb.FileEntry(path=path, type=kind)]))
 
     async def VolumeRemoveFile(self, stream: Any, request: Any) -> Any:
         files, path = self._files(request.volume_id), request.path.strip("/")
@@ -130,6 +146,8 @@ class Storage(Service):
             raise GRPCError(Status.INVALID_ARGUMENT, f"{path} is a directory")
         files -= gone
         return Empty()
+
+    VolumeRemoveFile2 = VolumeRemoveFile
 
     def _files(self, volume_id: str) -> set[str]:
         name = volume_id.removeprefix("vo-")

@@ -15,8 +15,8 @@ __all__ = ["ModalOptions"]
 class ModalOptions(ProviderOptions):
     """Options of the ``modal`` provider, named as Modal names them."""
 
-    app: str = "mabridge"
-    """The app that the sandboxes belong to; made if missing."""
+    app: Annotated[str, Field(max_length=53)] = "mabridge"
+    """The app that the sandboxes belong to; made if missing. Suspended ones are noted in a volume named for it."""
     environment_name: str | None = None
     """Modal's environment; the token's default otherwise."""
     token_id: EnvVar | None = None
@@ -43,6 +43,8 @@ class ModalOptions(ProviderOptions):
     """Seconds after which Modal ends the sandbox, whatever keeps it alive. A day is Modal's most."""
     idle_timeout: Annotated[int, Field(ge=1)] | None = None
     """Seconds without a command after which Modal ends it."""
+    snapshot_ttl: Annotated[int, Field(ge=1)] = 7 * 86_400
+    """Seconds that a suspended sandbox is kept. Modal deletes its snapshot a little later."""
     block_network: bool = False
     """No network at all."""
     outbound_cidr_allowlist: tuple[str, ...] | None = None

@@ -7,6 +7,7 @@ command wrote comes before it. The command gets a session of its own, by which i
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import uuid
@@ -25,6 +26,7 @@ __all__ = ["Command", "Running"]
 _ARGV_MAX = 60_000  # bytes; the SDK refuses more than 65536 characters
 _CHUNK = 1024 * 1024
 _ASK = 1.0  # seconds until the service is asked as well for the end of a command
+_CANCEL = 10.0  # seconds for a read that was cancelled to come to its end
 _LAG = 2.0  # seconds for output that is still on its way when the service says that a command has ended
 
 # $1 the mark, then the command. What the shell itself says of a death by signal is not the command's output.
@@ -90,6 +92,8 @@ class Running:
         self._drained = anyio.Event()
         self._ended = anyio.Event()
         self._writing = anyio.Lock()
+        self._tail = _Tail(command.mark)
+        self._coming: asyncio.Future[bytes] | None = None
 
     async def communicate(
         self, out: _shell.Capture, err: _shell.Capture, *, timeout: float, kill: Callable[[], Awaitable[None]]
@@ -145,15 +149,33 @@ class Running:
             raise SandboxUnavailable(message, provider=PROVIDER, op="open_process", sandbox_id=self._sandbox_id)
         return int(line)
 
-    async def read(self, take: Callable[[bytes], Awaitable[None]]) -> None:
-        """Pass its stdout on until it ends."""
-        tail = _Tail(self._command.mark)
-        while not tail.ended and (data := await _next(self.process.stdout)) is not None:
-            if found := tail.feed(data):
-                await take(found)
-        if found := tail.rest():
-            await take(found)
-        await call(self.process.stdout.aclose())  # type: ignore[no-untyped-call]
+    async def receive(self) -> bytes:
+        """Return what comes next on its stdout, or nothing once it has ended. To be cancelled loses nothing."""
+        while not self._tail.ended:
+            if self._coming is None:
+                self._coming = asyncio.ensure_future(self.process.stdout.__anext__())
+            await asyncio.wait([self._coming])
+            if self._coming.cancelled():  # by release()
+                return b""
+            try:
+                data = self._coming.result()
+            except StopAsyncIteration:
+                return self._tail.rest()
+            self._coming = None  # but after an error it stays, to be told to whoever asks again
+            if found := self._tail.feed(data):
+                return found
+        return b""
+
+    async def release(self) -> None:
+        """Read no further."""
+        if self._coming is not None:
+            self._coming.cancel()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_CANCEL):
+                await asyncio.wait([self._coming])
+            if self._coming.done() and not self._coming.cancelled():
+                self._coming.exception()  # nobody asks for it any more
+        if self._coming is None or self._coming.done():
+            await call(self.process.stdout.aclose())  # type: ignore[no-untyped-call]
 
     async def _feed(self) -> None:
         try:

@@ -1,59 +1,40 @@
-"""One sandbox of Modal: commands, files and processes in it."""
+"""One sandbox of Modal: commands and files in it, and its end."""
 
 from __future__ import annotations
 
-import base64
 import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import modal
-from anyio.abc import TaskGroup
 from modal.exception import NotFoundError, SandboxTimeoutError
 
-from mabridge.errors import CreateFailed, SandboxError, SandboxGone, SandboxUnavailable
+from mabridge.errors import CreateFailed, NotSupported, SandboxGone, SandboxUnavailable
 from mabridge.identity import KEY_LABEL
 from mabridge.providers import _shell
 from mabridge.providers._guard import KEEP_ALIVE
+from mabridge.providers.modal.place import Place
+from mabridge.providers.modal.process import ModalProcess
 from mabridge.providers.modal.running import Command, Running
-from mabridge.providers.modal.service import PROVIDER, call, mapped
-from mabridge.sandbox import ExecResult, Process, Sandbox, SandboxInfo
+from mabridge.providers.modal.service import CALL, PROVIDER, call, mapped
+from mabridge.providers.modal.shelf import Kept
+from mabridge.providers.modal.tags import CREATED, ENV, UNTIL, WOKEN_FROM, workdir_of
+from mabridge.sandbox import ExecResult, Process, Sandbox
 
-__all__ = ["ModalSandbox", "describe", "own_tags"]
+__all__ = ["ModalSandbox"]
 
 logger = logging.getLogger("mabridge.providers.modal")
 
-_CALL = 60.0  # seconds for a call that must not be cut off
 _STARTUP = 300.0  # seconds for a new sandbox to run its first command; it may wait for a machine
 _STOP = 30.0  # seconds for everything that stopping a command may take
 _REMOVE = 60.0
 _GRACE = 60  # seconds after which Modal kills a command whose worker did not
-
-_WORKDIR, _CREATED, _UNTIL = "mabridge.workdir", "mabridge.created", "mabridge.until"
-WORKDIR_MAX = 47
-"""Bytes of a working directory's path that a tag has room for."""
-
-
-def own_tags(workdir: str, timeout: int) -> dict[str, str]:
-    """Return the tags by which a sandbox that is attached to is known. A tag takes 63 of ``A-Za-z0-9._-``."""
-    now = time.time()
-    path = base64.urlsafe_b64encode(workdir.encode()).decode().rstrip("=")
-    return {_WORKDIR: path, _CREATED: f"{now:.6f}", _UNTIL: f"{now + timeout:.0f}"}
-
-
-def describe(sandbox_id: str, tags: Mapping[str, str]) -> SandboxInfo:
-    """Return what the tags of a running sandbox tell."""
-    return SandboxInfo(
-        key=tags[KEY_LABEL],
-        id=sandbox_id,
-        labels={name: value for name, value in tags.items() if name not in (_WORKDIR, _CREATED, _UNTIL)},
-        state="running",
-        created_at=datetime.fromtimestamp(float(tags[_CREATED]), UTC) if _CREATED in tags else None,
-    )
+_SNAPSHOT = 50  # seconds for a snapshot
 
 
 class ModalSandbox(Sandbox):
@@ -62,22 +43,28 @@ class ModalSandbox(Sandbox):
     Args:
         sandbox: as the SDK knows it.
         tags: those that it was made with.
-        tasks: where what its held processes say is read.
+        place: where it was made.
+
+    Attributes:
+        key: its key.
+        woken_from: the snapshot that it was made from, if it had been suspended.
     """
 
-    def __init__(self, sandbox: modal.Sandbox, tags: Mapping[str, str], tasks: TaskGroup) -> None:
+    def __init__(self, sandbox: modal.Sandbox, tags: Mapping[str, str], place: Place) -> None:
         self.id = sandbox.object_id
-        encoded = tags.get(_WORKDIR, "")
-        self.workdir = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode() or "/workspace"
-        self._created = tags.get(_CREATED)
-        self._until = float(tags.get(_UNTIL, "inf"))
+        self.key = tags[KEY_LABEL]
+        self.workdir = workdir_of(tags)
+        self.woken_from = tags.get(WOKEN_FROM)
+        self._tags = tags
+        self._until = float(tags.get(UNTIL, "inf"))
         self._sandbox = sandbox
-        self._tasks = tasks
+        self._place = place
         self._warned = False
+        self._suspended = False
 
     def made_with(self, tags: Mapping[str, str]) -> bool:
         """Whether it came from the very call that set these."""
-        return self._created == tags[_CREATED]
+        return self._tags.get(CREATED) == tags[CREATED]
 
     async def prepare(self) -> None:
         """Make the working directory, as soon as the sandbox runs commands.
@@ -88,10 +75,10 @@ class ModalSandbox(Sandbox):
         """
         script = 'mkdir -p "$1" && cd "$1" && [ -w . ]'
         command = Command(["/bin/sh", "-c", script, "mab", self.workdir], "/", None)
-        async with mapped("create", self.id, self._absence):
+        async with self.mapped("create"):
             running = await self._started(command, {}, int(_STARTUP), within=_STARTUP)
             said = _shell.Capture(500)
-            if not await running.communicate(_shell.Capture(0), said, timeout=_CALL, kill=_leave) or running.code != 0:
+            if not await running.communicate(_shell.Capture(0), said, timeout=CALL, kill=_leave) or running.code != 0:
                 why = said.take().decode(errors="replace").strip() or f"exit {running.code}"
                 message = f"the working directory {self.workdir} cannot be written ({why}); has the image a /bin/sh?"
                 raise CreateFailed(message, provider=PROVIDER, op="create", sandbox_id=self.id)
@@ -110,7 +97,7 @@ class ModalSandbox(Sandbox):
         command = Command(argv, cwd or self.workdir, stdin or None)
         variables = {**_shell.check_env(env), _shell.MARKER: marker}
         out, err = _shell.Capture(max_output), _shell.Capture(max_output)
-        async with mapped("exec", self.id, self._absence):
+        async with self.mapped("exec"):
             running = await self._start(command, variables, math.ceil(timeout) + _GRACE)
 
             async def kill() -> None:
@@ -132,18 +119,16 @@ class ModalSandbox(Sandbox):
         marker = uuid.uuid4().hex
         command = Command(argv, cwd or self.workdir, b"", held=True)
         variables = {**_shell.check_env(env), _shell.MARKER: marker}
-        async with mapped("open_process", self.id, self._absence):
+        async with self.mapped("open_process"):
             running = await self._start(command, variables, None)
             try:
-                with anyio.fail_after(_CALL):
+                with anyio.fail_after(CALL):
                     await running.begin()
                     leader = await running.leader()
             except BaseException:
                 await self._stop(running, marker)
                 raise
-        process = _ModalProcess(self, running, leader)
-        self._tasks.start_soon(process.read_on)
-        return process
+        return ModalProcess(self, running, leader, self._place.held)
 
     async def read_file(self, path: str, *, max_bytes: int) -> bytes:
         return await _shell.read_file(self, path, max_bytes=max_bytes, provider=PROVIDER)
@@ -152,12 +137,89 @@ class ModalSandbox(Sandbox):
         await _shell.write_file(self, path, data, mode=mode, provider=PROVIDER)
 
     async def teardown(self) -> None:
+        """Remove it, suspended or not, with its snapshots; see `mabridge.sandbox.Sandbox.teardown`."""
         with anyio.CancelScope(shield=True):
-            async with mapped("teardown", self.id):
-                try:
-                    await call(self._sandbox.terminate.aio(wait=True), within=_REMOVE)
-                except (NotFoundError, SandboxTimeoutError):
-                    logger.debug("%s: it was gone already", self.id)
+            try:
+                with mapped("teardown"):
+                    shelf = await self._place.shelf()
+                    images = {kept.image for kept in await shelf.forget_all(self.key)}
+            finally:
+                await self.terminate()
+            with mapped("teardown"):
+                # One that was suspended may have been woken, and is another to Modal then.
+                if self._suspended and (woken := await self._place.named(self.key)) is not None:
+                    images.add(woken[1].get(WOKEN_FROM, ""))
+                    await ModalSandbox(*woken, self._place).terminate()
+                self._suspended = False
+                images.add(self.woken_from or "")
+                await self._place.delete_snapshots(images - {""})
+
+    async def terminate(self) -> None:
+        """End it. What is remembered of it stays."""
+        with anyio.CancelScope(shield=True), mapped("teardown", self.id):
+            try:
+                await call(self._sandbox.terminate.aio(wait=True), within=_REMOVE)
+            except (NotFoundError, SandboxTimeoutError):
+                logger.debug("%s: it was gone already", self.id)
+
+    async def suspend(self) -> None:
+        """Take a snapshot of its files and end it; see `mabridge.sandbox.SupportsSuspend`.
+
+        The order loses nothing, wherever it is cut off: the snapshot is remembered before the sandbox is ended, and as
+        long as that runs, it and not the snapshot is what `Provider.attach` finds.
+
+        Raises:
+            NotSupported: it was made with variables of its own, which a snapshot does not keep.
+        """
+        if self._suspended:
+            return
+        if ENV in self._tags:
+            message = "it was made with variables (SandboxSpec.env), which a snapshot does not keep; see the option env"
+            raise NotSupported(message, provider=PROVIDER, op="suspend", sandbox_id=self.id)
+        try:
+            async with self.mapped("suspend"):
+                image = await self._snapshot()
+            with anyio.CancelScope(shield=True):
+                await self._put_by(image)
+        except SandboxGone:
+            with mapped("suspend"):
+                if await (await self._place.shelf()).find(self.key) is None:
+                    raise
+        self._suspended = True
+
+    async def _snapshot(self) -> str:
+        ttl = self._place.options.snapshot_ttl + self._place.options.timeout
+        try:
+            taken = self._sandbox.snapshot_filesystem.aio(_SNAPSHOT, ttl=ttl)
+            return (await call(taken, within=_SNAPSHOT + 5)).object_id
+        except (modal.exception.TimeoutError, TimeoutError) as exc:
+            message = f"the snapshot took longer than {_SNAPSHOT} s; the sandbox runs on"
+            raise SandboxUnavailable(message, provider=PROVIDER, op="suspend", sandbox_id=self.id) from exc
+
+    async def _put_by(self, image: str) -> None:
+        """Remember the snapshot, and end the sandbox."""
+        now = time.time()
+        until = int(now + self._place.options.snapshot_ttl)
+        kept = Kept(key=self.key, image=image, since=now, until=until, tags=self._tags)
+        with mapped("suspend"):
+            shelf = await self._place.shelf()
+            await shelf.keep(kept)
+        # Should this fail, it may have ended all the same: the record stays.
+        await self.terminate()
+
+    @asynccontextmanager
+    async def mapped(self, op: str) -> AsyncIterator[None]:
+        """`service.mapped`, and what there is to know of the sandbox's own state."""
+        try:
+            with mapped(op, self.id):
+                yield
+        except (SandboxGone, SandboxUnavailable) as exc:
+            where: dict[str, Any] = {"provider": PROVIDER, "op": op, "sandbox_id": self.id}
+            if self._suspended:
+                raise SandboxUnavailable("it is suspended; to attach to it wakes it", **where) from exc.__cause__
+            if isinstance(exc, SandboxUnavailable) and (why := await self._absence()) is not None:
+                raise SandboxGone(why, **where) from exc.__cause__
+            raise
 
     async def keep_alive(self, ttl: float) -> None:
         if time.time() + ttl > self._until and not self._warned:
@@ -172,7 +234,7 @@ class ModalSandbox(Sandbox):
     async def run_own(self, argv: Sequence[str], op: str) -> int | None:
         """Run something of our own, whose output does not matter; return its exit code, or None after too long."""
         nothing = _shell.Capture(0), _shell.Capture(0)
-        async with mapped(op, self.id, self._absence):
+        async with self.mapped(op):
             running = await self._start(Command(argv, "/", None), {}, int(_STOP))
             await running.communicate(*nothing, timeout=_STOP, kill=_leave)
         return running.code
@@ -180,7 +242,7 @@ class ModalSandbox(Sandbox):
     async def _start(self, command: Command, env: Mapping[str, str], timeout: int | None) -> Running:
         """Start a command. Shielded, for one that is started and not known of could not be killed."""
         with anyio.CancelScope(shield=True):
-            running = await self._started(command, env, timeout, within=_CALL)
+            running = await self._started(command, env, timeout, within=CALL)
         return running  # noqa: RET504 - within the scope, mypy would take it for swallowed
 
     async def _started(
@@ -216,72 +278,6 @@ class ModalSandbox(Sandbox):
         if clock.cancelled_caught:
             message = f"a command could not be stopped within {_STOP:.0f} s"
             raise SandboxUnavailable(message, provider=PROVIDER, op="exec", sandbox_id=self.id)
-
-
-class _ModalProcess(Process):
-    def __init__(self, sandbox: ModalSandbox, running: Running, leader: int) -> None:
-        self._sandbox = sandbox
-        self._running = running
-        self._leader = leader
-        self._give, self._take = anyio.create_memory_object_stream[bytes](4)
-        self._reading = anyio.CancelScope()
-        self._error: SandboxError | None = None
-        self._ended = False
-        self._closed = False
-
-    async def read_on(self) -> None:
-        """Pass its stdout to `receive`, until it ends. What goes wrong is told there."""
-        with self._reading:
-            async with self._give:
-                try:
-                    async with mapped("receive", self._sandbox.id, self._sandbox._absence):
-                        await self._running.read(self._give.send)
-                except SandboxError as exc:
-                    self._error = exc
-
-    async def send(self, data: bytes) -> None:
-        if self._closed or self._ended:
-            raise self._broken("send", "it has ended" if self._ended else "it was closed")
-        async with mapped("send", self._sandbox.id, self._sandbox._absence):
-            await self._running.send(data)
-
-    async def send_eof(self) -> None:
-        if not self._closed and not self._ended:
-            async with mapped("send_eof", self._sandbox.id, self._sandbox._absence):
-                await self._running.send(b"", eof=True)
-
-    async def receive(self) -> bytes:
-        if self._closed:
-            raise self._broken("receive", "it was closed")
-        try:
-            return await self._take.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            if self._closed:
-                raise self._broken("receive", "it was closed") from None
-        if self._error is not None:
-            raise self._error
-        self._ended = True
-        return b""
-
-    async def aclose(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._reading.cancel()
-        self._take.close()
-        if self._ended:
-            return
-        try:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_STOP):
-                # By its session alone: nobody carries this marker.
-                await self._sandbox.run_own(_shell.kill_argv(uuid.uuid4().hex, self._leader), "close")
-        except SandboxGone:
-            logger.debug("%s: the sandbox went before a process in it was closed", self._sandbox.id)
-        except SandboxError as exc:
-            logger.warning("a process may go on, for it could not be killed: %s", exc)
-
-    def _broken(self, op: str, why: str) -> SandboxUnavailable:
-        return SandboxUnavailable(f"the process: {why}", provider=PROVIDER, op=op, sandbox_id=self._sandbox.id)
 
 
 async def _leave() -> None:

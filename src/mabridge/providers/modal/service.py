@@ -7,8 +7,8 @@ import math
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import anyio
@@ -32,18 +32,19 @@ from mabridge.errors import (
     AtCapacity,
     ConfigError,
     CreateFailed,
-    MabridgeError,
     SandboxError,
     SandboxGone,
     SandboxUnavailable,
-    first_error,
+    translated,
 )
 from mabridge.providers.modal.options import ModalOptions
 
-__all__ = ["call", "connect", "mapped"]
+__all__ = ["CALL", "PROVIDER", "call", "connect", "mapped"]
 
 T = TypeVar("T")
 PROVIDER = "modal"
+CALL = 60.0
+"""Seconds that a call may take."""
 _CANCEL = 10.0  # seconds for a call that was cancelled to come to its end
 _TOKEN = "set the options token_id and token_secret, or run: modal token new"  # noqa: S105 - what to do
 
@@ -92,7 +93,8 @@ async def connect(options: ModalOptions) -> tuple[modal.Client, bool]:
             token = options.token_id.read(), options.token_secret.read()
             return await call(modal.Client.from_credentials.aio(*token)), True
     except (AuthError, InvalidError) as exc:
-        raise ConfigError(f"modal: {_line(exc)}; {_TOKEN}") from exc
+        said = _line(exc).partition(". ")[0]  # the rest is the SDK's own advice
+        raise ConfigError(f"modal: {said}; {_TOKEN}") from exc
     except (TimeoutError, OSError, Error) as exc:
         said = str(exc) or f"no answer within {options.connect_timeout:.0f} s"
         message = f"the API of Modal, {config['server_url']}, could not be reached: {' '.join(said.split())}"
@@ -122,27 +124,14 @@ async def _reach(server_url: str) -> None:
     raise failure
 
 
-@asynccontextmanager
-async def mapped(
-    op: str, sandbox_id: str | None = None, absence: Callable[[], Awaitable[str | None]] | None = None
-) -> AsyncIterator[None]:
+def mapped(op: str, sandbox_id: str | None = None) -> AbstractContextManager[None]:
     """Raise what Modal, its SDK, or the way to it, did as an error of `mabridge.errors`.
 
     Args:
         op: the operation.
         sandbox_id: of the sandbox that it is about.
-        absence: tells why that sandbox is definitely not there, if so; asked when a call failed otherwise.
     """
-    try:
-        yield
-    except Exception as exc:
-        error = first_error(exc)
-        if isinstance(error, MabridgeError):
-            raise error from error.__cause__
-        translated = _translated(error, op, sandbox_id)
-        if absence is not None and isinstance(translated, SandboxUnavailable) and (why := await absence()):
-            raise SandboxGone(why, provider=PROVIDER, op=op, sandbox_id=sandbox_id) from exc
-        raise translated from exc
+    return translated(lambda error: _translated(error, op, sandbox_id))
 
 
 def _translated(error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
