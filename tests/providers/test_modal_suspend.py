@@ -71,7 +71,8 @@ class TestSuspending:
         self, faults: Faults, provider: ModalProvider
     ) -> None:
         faults.missing = "Volume"
-        assert await provider.attach((spec := new_spec()).key) is None
+        spec = new_spec()
+        assert await provider.attach(spec.key) is None
         sandbox = await provider.create(spec)
         with pytest.raises(SandboxError, match="do not fit"):
             await sandbox.suspend()
