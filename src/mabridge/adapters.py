@@ -7,6 +7,7 @@ also gets bounds on time and output, from `communicate`.
 
 from __future__ import annotations
 
+from mabridge.providers._env import SandboxEnv, read_env
 from mabridge.providers._shell import (
     MARKER,
     Capture,
@@ -23,10 +24,12 @@ __all__ = [
     "MARKER",
     "Capture",
     "HeldProcess",
+    "SandboxEnv",
     "check_env",
     "communicate",
     "kill_argv",
     "kill_marked",
+    "read_env",
     "read_file",
     "run_argv",
     "with_sized_stdin",

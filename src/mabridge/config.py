@@ -43,7 +43,7 @@ class WorkerConfig(BaseModel):
         workdir: absolute path, in each sandbox, of the directory the agent works in.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     environment_id: str | EnvVar = EnvVar(env="ANTHROPIC_ENVIRONMENT_ID")
     environment_key: EnvVar = EnvVar(env="ANTHROPIC_ENVIRONMENT_KEY")
@@ -95,7 +95,7 @@ class ProviderConfig(BaseModel):
         max_sandboxes: how many sandboxes a worker has here at once; by default as many as it has sessions.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     type: str
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -114,7 +114,7 @@ class Config(BaseModel):
         routes: the rules, in order. Without any, every session may go to every provider, in order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     worker: WorkerConfig = Field(default_factory=WorkerConfig)
     providers: Mapping[str, ProviderConfig] = Field(default_factory=dict)

@@ -206,7 +206,8 @@ class Sandbox(ABC):
 class ProviderOptions(BaseModel):
     """Base of a provider's options. Unknown ones are refused. The string below an option says what it is for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # What was given may be a secret in the wrong place, and an error is soon in a log.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class EnvVar(BaseModel):

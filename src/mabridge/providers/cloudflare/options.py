@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from mabridge.providers._shell import check_env
+from mabridge.providers._env import SandboxEnv
 from mabridge.sandbox import EnvVar, ProviderOptions
 
 __all__ = ["CloudflareOptions"]
@@ -24,7 +24,7 @@ class CloudflareOptions(ProviderOptions):
     sleep_after: float = Field(default=600.0, gt=0)
     """Seconds: what ``sleepAfter`` is in a Worker that is not that of ``examples/cloudflare``, where no ``ttl`` can be
     longer. The container stops when it was idle for so long, and its files are lost."""
-    env: dict[str, str | EnvVar] = Field(default_factory=dict)
+    env: SandboxEnv = Field(default_factory=dict)
     """For every command. The agent can read it, and the Worker's logs show it, so no secret."""
     max_connections: int = Field(default=256, ge=1)
     """To the Worker, at once. A command holds one for as long as it runs."""
@@ -39,15 +39,6 @@ class CloudflareOptions(ProviderOptions):
         if parts.scheme == "http" and host != "localhost" and not _is_loopback(host):
             raise ValueError("must be https, for the key is sent there")
         return url.rstrip("/")
-
-    @field_validator("env")
-    @classmethod
-    def _variables(cls, env: dict[str, str | EnvVar]) -> dict[str, str | EnvVar]:
-        for name in env:
-            if name.upper().startswith("ANTHROPIC_"):
-                raise ValueError(f"{name}: no credential of Anthropic's enters a sandbox")
-        check_env({name: value if isinstance(value, str) else "" for name, value in env.items()})
-        return env
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from mabridge.errors import ConfigError
 from mabridge.identity import KEY_LABEL
+from mabridge.providers._env import SandboxEnv, read_env
 from mabridge.providers._guard import DEADLINES, GUARD
 from mabridge.providers._shell import check_env
-from mabridge.sandbox import EnvVar, ProviderOptions, SandboxSpec
+from mabridge.sandbox import ProviderOptions, SandboxSpec
 
 __all__ = [
     "GUARD_USER",
@@ -119,7 +120,7 @@ class DockerOptions(ProviderOptions):
     """Such as ``runsc`` for gVisor; the engine's default otherwise."""
     gpus: Literal["all"] | Annotated[int, Field(ge=1)] | None = None
     """``all``, or how many it is given."""
-    env: dict[str, str | EnvVar] = Field(default_factory=dict)
+    env: SandboxEnv = Field(default_factory=dict)
     """For every command. The agent can read it, so no secret that it should not have."""
 
     @field_validator("network")
@@ -138,15 +139,6 @@ class DockerOptions(ProviderOptions):
         if int(match[1]) == GUARD_USER:
             raise ValueError(f"{GUARD_USER} is the user that ends the container when its time is up")
         return user if match[2] else f"{user}:{user}"
-
-    @field_validator("env")
-    @classmethod
-    def _no_keys(cls, env: dict[str, str | EnvVar]) -> dict[str, str | EnvVar]:
-        for name in env:
-            if name.upper().startswith("ANTHROPIC_"):
-                raise ValueError(f"{name}: no credential of Anthropic's enters a sandbox")
-        check_env({name: value if isinstance(value, str) else "" for name, value in env.items()})
-        return env
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -172,7 +164,7 @@ def container_config(options: DockerOptions, spec: SandboxSpec) -> dict[str, Any
     if not spec.workdir.startswith("/") or posixpath.normpath(spec.workdir) in ("/", "//"):
         raise ConfigError(f"docker: workdir {spec.workdir!r} must be an absolute path, and not /")
     uid, gid = options.ids
-    env = {"HOME": _HOME} | {n: v if isinstance(v, str) else v.read() for n, v in options.env.items()} | dict(spec.env)
+    env = {"HOME": _HOME} | read_env(options.env) | dict(spec.env)
     guard = f"rw,noexec,nosuid,nodev,size=64k,mode=0700,uid={GUARD_USER},gid={GUARD_USER}"
     memory = {DEADLINES: guard}
     own = f"rw,exec,nosuid,nodev,mode=0755,uid={uid},gid={gid}"

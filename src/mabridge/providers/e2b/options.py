@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mabridge.providers._shell import check_env
+from mabridge.providers._env import SandboxEnv
 from mabridge.sandbox import EnvVar, ProviderOptions
 
 __all__ = ["ALL", "E2BNetwork", "E2BOptions"]
@@ -47,20 +47,11 @@ class E2BOptions(ProviderOptions):
     """Rules for what leaves the sandbox."""
     volume_mounts: dict[str, str] = Field(default_factory=dict)
     """E2B volumes: absolute path in the sandbox to the volume's name."""
-    env: dict[str, str | EnvVar] = Field(default_factory=dict)
+    env: SandboxEnv = Field(default_factory=dict)
     """For every command. The agent can read it, so no secret that it should not have. The template's login profile is
     read after it, which on Debian sets ``PATH`` anew."""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """How often the SDK repeats a request to the control plane that met a rate limit or a server at fault."""
-
-    @field_validator("env")
-    @classmethod
-    def _no_keys(cls, env: dict[str, str | EnvVar]) -> dict[str, str | EnvVar]:
-        for name in env:
-            if name.upper().startswith("ANTHROPIC_"):
-                raise ValueError(f"{name}: no credential of Anthropic's enters a sandbox")
-        check_env({name: value if isinstance(value, str) else "" for name, value in env.items()})
-        return env
 
     @model_validator(mode="before")
     @classmethod

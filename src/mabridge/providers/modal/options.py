@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mabridge.providers._shell import check_env
+from mabridge.providers._env import SandboxEnv
 from mabridge.sandbox import EnvVar, ProviderOptions
 
 __all__ = ["ModalOptions"]
@@ -55,22 +55,13 @@ class ModalOptions(ProviderOptions):
     """Modal volumes: absolute path in the sandbox to the volume's name."""
     secrets: tuple[str, ...] = ()
     """Names of Modal secrets that become variables in the sandbox. The agent can read them."""
-    env: dict[str, str | EnvVar] = Field(default_factory=dict)
+    env: SandboxEnv = Field(default_factory=dict)
     """For every command. The agent can read it, so no secret that it should not have."""
     connect_timeout: Annotated[float, Field(gt=0)] = 15.0
     """Seconds until a Modal that cannot be reached is said to be so; the SDK by itself would try for 63."""
     max_throttle_wait: Annotated[int, Field(ge=0)] = 10
     """Seconds that the SDK may wait when Modal says to slow down; without a bound it would do so for ever. Holds for
     the whole process, unless ``MODAL_MAX_THROTTLE_WAIT`` is set."""
-
-    @field_validator("env")
-    @classmethod
-    def _no_keys(cls, env: dict[str, str | EnvVar]) -> dict[str, str | EnvVar]:
-        for name in env:
-            if name.upper().startswith("ANTHROPIC_"):
-                raise ValueError(f"{name}: no credential of Anthropic's enters a sandbox")
-        check_env({name: value if isinstance(value, str) else "" for name, value in env.items()})
-        return env
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

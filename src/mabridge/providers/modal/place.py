@@ -14,6 +14,7 @@ import modal.experimental
 from modal.exception import AlreadyExistsError, NotFoundError
 
 from mabridge.errors import ConfigError, NotSupported
+from mabridge.providers._env import read_env
 from mabridge.providers._shell import check_env
 from mabridge.providers.modal.options import ModalOptions
 from mabridge.providers.modal.service import CALL, PROVIDER, call, connect
@@ -168,7 +169,7 @@ class Place:
                 f"a ttl of {spec.ttl:.0f} s is beyond the option timeout, {options.timeout} s (Modal's most: 86400)"
             )
             raise NotSupported(message, provider=PROVIDER, op="create")
-        env = {n: v if isinstance(v, str) else v.read() for n, v in options.env.items()}
+        env = read_env(options.env)
         volume = modal.Volume.from_name
         return {
             "name": spec.key,
