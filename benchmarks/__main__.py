@@ -13,6 +13,7 @@ import statistics
 import time
 
 import anyio
+import pytest
 from rich.console import Console
 from rich.table import Table
 from tests.images import BUSYBOX, ImageMissing, ensure
@@ -169,10 +170,14 @@ async def calls_table(quick: bool) -> Table:
 async def vendors_table(names: list[str], quick: bool) -> Table:
     """A command at each vendor's emulator."""
     table = Table(title=f"a trivial command at an emulated vendor, {LATENCY * 1000:.0f} ms away")
-    for column in ("", "bare SDK: ms", "Sandbox.exec: ms", "ratio", "bash over hands: ms", "ratio"):
+    for column in ("", "bare: ms", "Sandbox.exec: ms", "ratio", "bash over hands: ms", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for name in names:
-        bare, execed, called = await one_vendor(name, 10 if quick else 40)
+        try:
+            bare, execed, called = await one_vendor(name, 10 if quick else 40)
+        except pytest.skip.Exception as missing:
+            print(f"without {name}: {missing}")
+            continue
         cells = (bare, execed, execed / bare, called, called / bare)
         table.add_row(name, *(f"{cell:.2f}" if index in (2, 4) else f"{cell:.1f}" for index, cell in enumerate(cells)))
     return table

@@ -10,19 +10,20 @@ import pytest
 from mabridge.providers.cloudflare import CloudflareOptions, CloudflareProvider
 from mabridge.sandbox import EnvVar
 from mabridge.testing import SandboxConformance
-from tests.emulators.cloudflare import CloudflareEmulator
+from tests.emulators.cloudflare import BridgeInPython, CloudflareEmulator, new_bridge
 
+Emulator = CloudflareEmulator | BridgeInPython
 KEY = "MABRIDGE_TEST_CLOUDFLARE_KEY"
 
 
 @pytest.fixture(scope="module")
-async def emulator(anyio_backend: str) -> AsyncIterator[CloudflareEmulator]:
-    async with CloudflareEmulator() as emulator:
+async def emulator(anyio_backend: str) -> AsyncIterator[Emulator]:
+    async with new_bridge() as emulator:
         yield emulator
 
 
 @pytest.fixture(scope="module")
-def options(emulator: CloudflareEmulator) -> Iterator[CloudflareOptions]:
+def options(emulator: Emulator) -> Iterator[CloudflareOptions]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY, emulator.api_key)
         yield CloudflareOptions(worker_url=emulator.url, api_key=EnvVar(env=KEY))
@@ -51,7 +52,7 @@ class TestCloudflare(CloudflareConformance):
         return CloudflareProvider(options.model_copy(update={"worker_url": "http://127.0.0.1:9"}))
 
     @pytest.fixture
-    def break_connections(self, emulator: CloudflareEmulator) -> Callable[[], Awaitable[None]]:
+    def break_connections(self, emulator: Emulator) -> Callable[[], Awaitable[None]]:
         return emulator.cut
 
 

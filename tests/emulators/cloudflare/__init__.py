@@ -2,6 +2,9 @@
 
 Only what no machine but Cloudflare's has is replaced: the container that a Durable Object is given (`container.ts`,
 `control.py`). In front of it a proxy is slow, refuses, or cuts connections on demand (`rig.mjs`).
+
+Where Node or its packages cannot be had, `new_bridge` gives the same in Python (`bridge.py`). With CI set that is a
+failure.
 """
 
 from __future__ import annotations
@@ -16,16 +19,30 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import anyio
+import httpx2
 
 from mabridge.testing.server import Server
+from tests.emulators.cloudflare.bridge import BridgeInPython
 from tests.emulators.cloudflare.control import Control
-from tests.emulators.cloudflare.node import node, workshop
+from tests.emulators.cloudflare.node import node, unavailable, workshop
 from tests.emulators.machine import require
 
-__all__ = ["CloudflareEmulator"]
+__all__ = ["BridgeInPython", "CloudflareEmulator", "new_bridge"]
 
 _READY = 120.0  # seconds, on a machine that does much else
 _STOP = 15.0
+
+
+def new_bridge(
+    worker: Literal["ours", "vendor"] = "ours", *, bindings: Mapping[str, str | None] | None = None
+) -> CloudflareEmulator | BridgeInPython:
+    """The real bridge, or where that cannot run, or with MABRIDGE_CLOUDFLARE_BRIDGE=python, the one in Python.
+
+    With CI set it is the real one.
+    """
+    wanted = os.environ.get("MABRIDGE_CLOUDFLARE_BRIDGE") == "python" and not os.environ.get("CI")
+    in_python = wanted or unavailable()
+    return (BridgeInPython if in_python else CloudflareEmulator)(worker, bindings=bindings)
 
 
 class CloudflareEmulator:
@@ -34,15 +51,21 @@ class CloudflareEmulator:
     Args:
         worker: ``ours`` for the Worker of ``examples/cloudflare``, ``vendor`` for the bridge alone.
         bindings: variables of the Worker besides its key; None takes one away.
+        internet: whether there is one, in which every host says what it was asked for.
     """
 
     def __init__(
-        self, worker: Literal["ours", "vendor"] = "ours", *, bindings: Mapping[str, str | None] | None = None
+        self,
+        worker: Literal["ours", "vendor"] = "ours",
+        *,
+        bindings: Mapping[str, str | None] | None = None,
+        internet: bool = False,
     ) -> None:
         self.api_key = "an-api-key-of-the-rig"
         self.url = ""
         self.control: Control
         self._worker = worker
+        self._internet = internet
         self._bindings = {"SANDBOX_API_KEY": self.api_key, **(bindings or {})}
         self._directory = Path()
         self._process: asyncio.subprocess.Process
@@ -62,6 +85,7 @@ class CloudflareEmulator:
         told = {
             "entry": str(shop / "rig" / f"{self._worker}.ts"),
             "bindings": {name: value for name, value in bindings.items() if value is not None},
+            "internet": self._internet,
             "verbose": bool(os.environ.get("MABRIDGE_RIG_VERBOSE")),
         }
         self._process = await asyncio.create_subprocess_exec(
@@ -111,6 +135,10 @@ class CloudflareEmulator:
         fault = {"path": path, "status": status, "body": body, "headers": dict(headers or {})}
         await self._tell(faults=[fault] * times)
 
+    async def connections(self) -> int:
+        """How many connections were opened, ever."""
+        return int((await self._tell())["connections"])
+
     async def cut(self) -> None:
         """Break every connection."""
         await self._tell(cut=True)
@@ -120,12 +148,25 @@ class CloudflareEmulator:
         for key in tuple(self.control.containers):
             await self.control.end(key)
 
-    async def _tell(self, **changes: Any) -> None:
+    async def outbound(self, container: str, url: str) -> dict[str, Any]:
+        """What becomes of a request that a program in a container makes, as far as the Worker decides that.
+
+        Returns:
+            ``by`` says who has it: ``worker``, and what ``status`` and ``text`` that answers; ``internet``; ``nobody``.
+        """
+        async with httpx2.AsyncClient(base_url=self.url, timeout=60) as client:
+            answer = await client.get("/rig/outbound", params={"container": container, "url": url})
+        answered: dict[str, Any] = answer.raise_for_status().json()
+        return answered
+
+    async def _tell(self, **changes: Any) -> dict[str, Any]:
         self._write(**changes)
+        answer: dict[str, Any] = {}
         with anyio.fail_after(_READY):
             while self._unanswered:
-                await self._answer()
+                answer = await self._answer()
                 self._unanswered -= 1
+        return answer
 
     def _write(self, **changes: Any) -> None:
         assert self._process.stdin is not None

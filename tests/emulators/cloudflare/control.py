@@ -28,7 +28,15 @@ from tests.emulators.machine import Machine
 
 _ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 _WRITE_LIMIT = 11 * 1024 * 1024  # of the file's bytes
-_WRITE = 'mkdir -p "$(dirname "$1")" && base64 -d > "$1"'
+_WRITE = 'mkdir -p "$(dirname "$1")" && cat > "$1"'
+
+
+class Refused(Exception):
+    """What the server in a container, or the platform, has against a request."""
+
+    def __init__(self, code: str, message: str, status: int) -> None:
+        super().__init__(message)
+        self.code, self.message, self.status = code, message, status
 
 
 class Container:
@@ -68,6 +76,7 @@ class Control:
                 Route(container + "/signal/{number:int}", self._end, methods=["POST"]),
                 Route(container, self._end, methods=["DELETE"]),
                 Route(api + "/execute/stream", self._execute_stream, methods=["POST"]),
+                Route(api + "/execute", self._execute, methods=["POST"]),
                 Route(api + "/write", self._write, methods=["POST"]),
                 Route(api + "/version", self._version),
                 Route(container + "/port/3000/{rest:path}", self._alive),
@@ -90,18 +99,63 @@ class Control:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _machine(self, request: Request) -> Machine | None:
-        container = self.containers.get(request.path_params["id"])
-        return container.machine if container is not None and container.machine.running else None
-
-    async def _start(self, request: Request) -> Response:
+    async def start(self, key: str, options: dict[str, Any]) -> None:
+        """Start a container, if there is room for one more."""
         if len(self.containers) >= self.max_instances:
-            return PlainTextResponse("Maximum number of running container instances exceeded", status_code=503)
+            raise Refused("", "Maximum number of running container instances exceeded", 503)
         self.started += 1
         container = Container(self._directory / f"c{self.started}")
-        container.options = json.loads(await request.body())
+        container.options = options
         await asyncio.to_thread(container.start)
-        self.containers[request.path_params["id"]] = container
+        self.containers[key] = container
+
+    async def execute(
+        self, key: str, command: str, cwd: str | None, timeout_ms: float | None, env: dict[str, str] | None = None
+    ) -> Running:
+        """Run a line of bash in a container."""
+        machine = self._machine(key)
+        cwd = cwd or "/workspace"
+        if not machine.path(cwd).is_dir():
+            raise Refused("COMMAND_EXECUTION_ERROR", f"Failed to change directory to '{cwd}'", 500)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        try:
+            argv = ["/bin/bash", "-c", command]
+            process = await machine.spawn(argv, cwd=cwd, env={**_ENV, **(env or {})}, **pipes)
+        except (OSError, ProcessLookupError) as exc:
+            raise Refused("COMMAND_EXECUTION_ERROR", f"Failed to start command: {exc}", 500) from exc
+        running = Running(process, timeout_ms)
+        task = asyncio.create_task(running.follow())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return running
+
+    async def write(self, key: str, path: str, data: bytes) -> None:
+        """Write a file in a container."""
+        machine = self._machine(key)
+        if len(data) > _WRITE_LIMIT:
+            message = "Operation was interrupted while the runtime connection was closing"
+            raise Refused("OPERATION_INTERRUPTED", message, 500)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = await machine.spawn(["/bin/sh", "-c", _WRITE, "sh", path], env=_ENV, **pipes)
+        await process.communicate(data)
+        if process.returncode != 0:
+            raise Refused("FILESYSTEM_ERROR", f"Failed to write file '{path}'", 500)
+
+    def is_running(self, key: str) -> bool:
+        """Whether there is such a container."""
+        container = self.containers.get(key)
+        return container is not None and container.machine.running
+
+    def _machine(self, key: str) -> Machine:
+        if not self.is_running(key):
+            raise Refused("CONTAINER_UNAVAILABLE", "Container is not running", 503)
+        return self.containers[key].machine
+
+    async def _start(self, request: Request) -> Response:
+        try:
+            await self.start(request.path_params["id"], json.loads(await request.body()))
+        except Refused as refused:
+            return PlainTextResponse(refused.message, status_code=refused.status)
         return Response(status_code=204)
 
     async def _wait(self, request: Request) -> Response:
@@ -115,48 +169,51 @@ class Control:
         return Response(status_code=204)
 
     async def _alive(self, request: Request) -> Response:
-        return JSONResponse({"message": "pong"}, status_code=503 if self._machine(request) is None else 200)
+        alive = self.is_running(request.path_params["id"])
+        return JSONResponse({"message": "pong"}, status_code=200 if alive else 503)
 
     async def _version(self, request: Request) -> Response:
         return JSONResponse({"version": "0.12.10"})
 
     async def _execute_stream(self, request: Request) -> Response:
         body = await request.json()
-        machine = self._machine(request)
-        if machine is None:
-            return _error("CONTAINER_UNAVAILABLE", "Container is not running", 503)
-        cwd = body.get("cwd") or "/workspace"
-        if not machine.path(cwd).is_dir():
-            return _error("COMMAND_EXECUTION_ERROR", f"Failed to change directory to '{cwd}'", 500)
-        argv = ["/bin/bash", "-c", body["command"]]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
-            process = await machine.spawn(argv, cwd=cwd, env={**_ENV, **(body.get("env") or {})}, **pipes)
-        except (OSError, ProcessLookupError) as exc:
-            return _error("COMMAND_EXECUTION_ERROR", f"Failed to start command: {exc}", 500)
-        running = _Running(process, body.get("timeoutMs"))
-        task = asyncio.create_task(running.follow())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return StreamingResponse(running.told(), media_type="text/event-stream")
+            running = await self.execute(
+                request.path_params["id"], body["command"], body.get("cwd"), body.get("timeoutMs"), body.get("env")
+            )
+        except Refused as refused:
+            return _error(refused)
+
+        async def told() -> AsyncIterator[bytes]:
+            async for event in running.told():
+                yield f"data: {json.dumps(event)}\n\n".encode()
+
+        return StreamingResponse(told(), media_type="text/event-stream")
+
+    async def _execute(self, request: Request) -> Response:
+        body = await request.json()
+        said: dict[str, Any] = {"stdout": "", "stderr": ""}
+        try:
+            running = await self.execute(request.path_params["id"], body["command"], body.get("cwd"), None)
+        except Refused as refused:
+            return _error(refused)
+        async for event in running.told():
+            if event["type"] == "complete":
+                said["exitCode"] = event["exitCode"]
+            else:
+                said[event["type"]] += event["data"]
+        return JSONResponse({"success": said["exitCode"] == 0, "command": body["command"], "timestamp": "", **said})
 
     async def _write(self, request: Request) -> Response:
         body = await request.json()
-        machine = self._machine(request)
-        if machine is None:
-            return _error("CONTAINER_UNAVAILABLE", "Container is not running", 503)
-        if len(body["content"]) * 3 // 4 > _WRITE_LIMIT:
-            message = "Operation was interrupted while the runtime connection was closing"
-            return _error("OPERATION_INTERRUPTED", message, 500)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = await machine.spawn(["/bin/sh", "-c", _WRITE, "sh", body["path"]], env=_ENV, **pipes)
-        await process.communicate(base64.b64encode(base64.b64decode(body["content"])))
-        if process.returncode != 0:
-            return _error("FILESYSTEM_ERROR", f"Failed to write file '{body['path']}'", 500)
+        try:
+            await self.write(request.path_params["id"], body["path"], base64.b64decode(body["content"]))
+        except Refused as refused:
+            return _error(refused)
         return JSONResponse({"success": True, "exitCode": 0, "path": body["path"], "timestamp": ""})
 
 
-class _Running:
+class Running:
     """A command that goes on whether or not anybody listens."""
 
     def __init__(self, process: asyncio.subprocess.Process, limit: float | None) -> None:
@@ -165,10 +222,11 @@ class _Running:
         self._events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(64)
         self._alone = False
 
-    async def told(self) -> AsyncIterator[bytes]:
+    async def told(self) -> AsyncIterator[dict[str, Any]]:
+        """What it says, and how it ends. Whoever stops listening hears nothing more of it."""
         try:
             while (event := await self._events.get()) is not None:
-                yield f"data: {json.dumps(event)}\n\n".encode()
+                yield event
         finally:
             self._alone = True
             while not self._events.empty():
@@ -209,5 +267,6 @@ class _Running:
             await self._events.put(event)
 
 
-def _error(code: str, message: str, status: int) -> Response:
-    return JSONResponse({"code": code, "message": message, "context": {}, "httpStatus": status}, status_code=status)
+def _error(refused: Refused) -> Response:
+    body = {"code": refused.code, "message": refused.message, "context": {}, "httpStatus": refused.status}
+    return JSONResponse(body, status_code=refused.status)

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[2] / "examples" / "cloudflare"
 _NEEDED = (22, 0)
 _INSTALL = 300.0  # seconds; it takes ten
+_RETRIES = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000")  # where there is no network, that is known soon
 
 
 @cache
@@ -61,6 +62,17 @@ def workshop() -> Path:
     return made
 
 
+@cache
+def unavailable() -> str:
+    """Why the rig cannot run here; empty if it can. With CI set that is a failure."""
+    try:
+        node()
+        workshop()
+    except pytest.skip.Exception as reason:
+        return str(reason)
+    return ""
+
+
 def _state() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MABRIDGE_CI_STATE") or Path(cache_home) / "mabridge-tests")
@@ -77,7 +89,7 @@ def _install(directory: Path) -> None:
         shutil.copy(HERE / name, directory)
     try:
         done = subprocess.run(
-            [*npm, "ci", "--legacy-peer-deps", "--ignore-scripts", "--no-audit", "--no-fund"],
+            [*npm, "ci", "--legacy-peer-deps", "--ignore-scripts", "--no-audit", "--no-fund", *_RETRIES],
             cwd=directory,
             env={**os.environ, "PATH": path},
             stdin=subprocess.DEVNULL,

@@ -3,9 +3,10 @@
 import { build } from "esbuild";
 import { createServer, request } from "node:http";
 import { createInterface } from "node:readline";
-import { Log, LogLevel, Miniflare } from "miniflare";
+import { fetch, Log, LogLevel, Miniflare, Response } from "miniflare";
+import { serveRpc } from "./rpc.mjs";
 
-const { entry, bindings, verbose } = JSON.parse(process.argv[2]);
+const { entry, bindings, internet, verbose } = JSON.parse(process.argv[2]);
 
 const built = await build({
   entryPoints: [entry],
@@ -17,6 +18,9 @@ const built = await build({
   write: false,
   logLevel: "error",
 });
+// An internet in which every host says what it was asked for. Without it, fetches of the Worker go where they say.
+const outside = (request) =>
+  request.url.startsWith(bindings.CONTROL) ? fetch(request) : new Response(`reached ${request.url}`);
 const durable = (className) => ({ className, useSQLite: true });
 const miniflare = new Miniflare({
   name: "rig",
@@ -24,7 +28,8 @@ const miniflare = new Miniflare({
   compatibilityDate: "2026-04-01",
   compatibilityFlags: ["nodejs_compat"],
   durableObjects: { Sandbox: durable("Sandbox"), WarmPool: durable("WarmPool") },
-  bindings,
+  bindings: bindings.SANDBOX_TRANSPORT === "rpc" ? { ...bindings, RPC: await serveRpc(bindings.CONTROL) } : bindings,
+  ...(internet ? { outboundService: outside } : {}),
   cf: false,
   log: new Log(verbose ? LogLevel.DEBUG : LogLevel.NONE),
   handleRuntimeStdio: (out, err) => {
@@ -63,6 +68,8 @@ const front = createServer(async (incoming, outgoing) => {
   outgoing.on("close", () => onward.destroy());
   incoming.pipe(onward);
 });
+let connections = 0;
+front.on("connection", () => connections++);
 front.listen(0, "127.0.0.1", () => console.log(JSON.stringify({ url: `http://127.0.0.1:${front.address().port}` })));
 
 createInterface({ input: process.stdin })
@@ -70,7 +77,7 @@ createInterface({ input: process.stdin })
     const { cut, ...rest } = JSON.parse(line);
     Object.assign(state, rest);
     if (cut) for (const outgoing of open) outgoing.destroy();
-    console.log("{}");
+    console.log(JSON.stringify({ connections }));
   })
   .on("close", async () => {
     await miniflare.dispose();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import posixpath
 import uuid
@@ -11,13 +12,15 @@ from datetime import UTC, datetime
 from typing import ClassVar, Self
 
 import anyio
+import anyio.abc
 from pydantic import BaseModel, Field, ValidationError
 
 from mabridge.errors import ConfigError, CreateFailed, NotSupported, SandboxError, SandboxGone, SandboxUnavailable
+from mabridge.providers._env import read_env
 from mabridge.providers._shell import check_env
 from mabridge.providers.cloudflare.options import CloudflareOptions
 from mabridge.providers.cloudflare.sandbox import CloudflareSandbox
-from mabridge.providers.cloudflare.script import INIT, STATE
+from mabridge.providers.cloudflare.script import STATE, attach_argv, create_argv
 from mabridge.providers.cloudflare.worker import CREATE, PROVIDER, Worker, register
 from mabridge.sandbox import Provider, Sandbox, SandboxInfo, SandboxSpec
 
@@ -45,6 +48,8 @@ class CloudflareProvider(Provider):
     def __init__(self, options: CloudflareOptions) -> None:
         super().__init__(options)
         self._opened: Worker | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._tasks: anyio.abc.TaskGroup
         self._registers: bool | None = None
 
     async def __aenter__(self) -> Self:
@@ -54,17 +59,20 @@ class CloudflareProvider(Provider):
             ConfigError: there is no key.
         """
         self._opened = Worker(self.options)
+        self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Close it. Sandboxes live on."""
+        """Close it, and the streams of processes. Sandboxes live on."""
         if self._opened is not None:
+            self._tasks.cancel_scope.cancel()
+            await self._stack.aclose()
             with anyio.CancelScope(shield=True), anyio.move_on_after(10):
                 await self._opened.client.aclose()
 
     async def create(self, spec: SandboxSpec) -> Sandbox:
         _check_workdir(spec.workdir)
-        env = {name: value if isinstance(value, str) else value.read() for name, value in self.options.env.items()}
+        env = read_env(self.options.env)
         state = State(workdir=spec.workdir, env=check_env({**env, **spec.env}))
         made = True
         if await self._hasregister("create"):
@@ -93,7 +101,7 @@ class CloudflareProvider(Provider):
             if response.status_code == 404:
                 return None
         try:
-            code, out = await self._worker.run("attach", key, ["cat", f"{STATE}/state"], timeout=CREATE)
+            code, out = await self._worker.run("attach", key, attach_argv(), timeout=CREATE)
         except SandboxGone:
             return None
         # One without it is not begun yet, or it is the empty one that the bridge starts for an id it does not know.
@@ -146,7 +154,7 @@ class CloudflareProvider(Provider):
         The bridge alone starts a container for each of two requests that come at once, and forgets the first.
         """
         content = f"{uuid.uuid4().hex} {base64.b64encode(state.model_dump_json().encode()).decode()}"
-        argv = ["sh", "-c", INIT, STATE, content, state.workdir]
+        argv = create_argv(content, state.workdir)
         before = b""
         for _ in range(_SETTLE):
             code, out = await self._worker.run("create", key, argv, timeout=CREATE)
@@ -169,7 +177,7 @@ class CloudflareProvider(Provider):
             raise SandboxUnavailable(message, provider=self.type, op=op, sandbox_id=key) from exc
         registered = bool(self._registers)
         return CloudflareSandbox(
-            self._worker, key, instance.decode(), workdir=state.workdir, env=env, registered=registered
+            self._worker, self._tasks, key, instance.decode(), workdir=state.workdir, env=env, registered=registered
         )
 
     async def _discard(self, key: str) -> None:

@@ -7,14 +7,17 @@ import logging
 import math
 import posixpath
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 
 from mabridge.errors import FileTooLarge, NotSupported, SandboxError, SandboxGone, SandboxUnavailable
 from mabridge.providers import _shell
 from mabridge.providers._shell import check_env
+from mabridge.providers.cloudflare.process import CloudflareProcess
 from mabridge.providers.cloudflare.script import (
     COMMAND_LIMIT,
     OUTPUT_LIMIT,
@@ -24,9 +27,10 @@ from mabridge.providers.cloudflare.script import (
     cancel_argv,
     is_gone,
     parse,
+    size,
 )
 from mabridge.providers.cloudflare.worker import CREATE, PROVIDER, SLACK, Worker, register
-from mabridge.sandbox import ExecResult, Sandbox
+from mabridge.sandbox import ExecResult, Process, Sandbox
 
 __all__ = ["CloudflareSandbox"]
 
@@ -40,12 +44,21 @@ class CloudflareSandbox(Sandbox):
     """A running container."""
 
     def __init__(
-        self, worker: Worker, key: str, instance: str, *, workdir: str, env: Mapping[str, str], registered: bool
+        self,
+        worker: Worker,
+        tasks: anyio.abc.TaskGroup,
+        key: str,
+        instance: str,
+        *,
+        workdir: str,
+        env: Mapping[str, str],
+        registered: bool,
     ) -> None:
         self.id = key
         self.workdir = workdir
-        self._worker = worker
-        self._instance = instance
+        self.worker = worker
+        self.tasks = tasks
+        self.instance = instance
         self._env = env
         self._registered = registered
 
@@ -63,27 +76,26 @@ class CloudflareSandbox(Sandbox):
         max_output = min(max_output, OUTPUT_LIMIT)
         command = Command(
             call,
-            instance=self._instance,
+            instance=self.instance,
             argv=argv,
             cwd=self.workdir if cwd is None else cwd,
-            variables=[f"{name}={value}" for name, value in {**self._env, **check_env(env)}.items()],
+            variables=self._variables(env),
             timeout=timeout,
             max_output=max_output,
         )
-        if command.size > COMMAND_LIMIT:
-            message = f"a command and its variables may have {COMMAND_LIMIT:,} bytes, and these have {command.size:,}"
-            raise NotSupported(message, provider=PROVIDER, op="exec", sandbox_id=self.id)
+        self._check_size("exec", command.size)
         stop = True
+        files: list[str] = []
         try:
-            files = 0
             if stdin and command.size + len(stdin) * 4 // 3 > COMMAND_LIMIT:
-                files = await self._upload(call, stdin)
+                files = _paths(call, stdin)
+                await self._upload(files, stdin)
             most = 3 * max_output + 400_000  # base64 of both, and of what their pipes hold beyond the bound
-            _, said = await self._worker.run(
-                "exec", self.id, command.argv(stdin, files), timeout=timeout + SLACK, most=most, beats=True
+            _, said = await self.worker.run(
+                "exec", self.id, command.argv(stdin, len(files)), timeout=timeout + SLACK, most=most, beats=True
             )
             if is_gone(said, call):
-                raise self._gone("exec")
+                raise self.gone("exec")
             result = parse(said, call, max_output)
             if result is None:
                 message = "the end of the command was not told"
@@ -94,13 +106,14 @@ class CloudflareSandbox(Sandbox):
             stop = False
             raise
         except SandboxUnavailable as exc:
-            if await self._went():
+            if await self.went():
                 stop = False
-                raise self._gone("exec") from exc
+                await self._discard("exec", files)  # from the container that the bridge alone has started
+                raise self.gone("exec") from exc
             raise
         finally:
             if stop:
-                await self._cancel(call)
+                await self.cancel(call)
 
     async def read_file(self, path: str, *, max_bytes: int) -> bytes:
         try:
@@ -129,50 +142,96 @@ class CloudflareSandbox(Sandbox):
         await _shell.write_file(self, path, data, mode=mode, provider=PROVIDER)
 
     async def teardown(self) -> None:
-        await self._worker.remove(self.id)
+        await self.worker.remove(self.id)
 
     async def keep_alive(self, ttl: float) -> None:
         if self._registered:
             path = f"{register(self.id)}/keep-alive"
-            response = await self._worker.call("keep_alive", "POST", path, json={"ttl": ttl}, allow=(404,))
+            response = await self.worker.call("keep_alive", "POST", path, json={"ttl": ttl}, allow=(404,))
             if response.status_code == 404:
-                raise self._gone("keep_alive")
+                raise self.gone("keep_alive")
             return
-        # Any request puts the container's sleep off; this one tells whether it is still ours.
-        code, out = await self._worker.run("keep_alive", self.id, ["cat", f"{STATE}/state"], timeout=CREATE)
-        if code != 0 or not out.startswith(self._instance.encode() + b" "):
-            raise self._gone("keep_alive")
+        if not await self._is_ours():  # any request puts the container's sleep off
+            raise self.gone("keep_alive")
 
-    async def _upload(self, call: str, data: bytes) -> int:
-        """Send a large stdin ahead of the command; return the number of files that it became."""
-        starts = range(0, len(data), _CHUNK)
-        for number, start in enumerate(starts):
-            path = f"/v1/sandbox/{self.id}/file{UPLOAD.format(call=call, number=number)}"
-            part = data[start : start + _CHUNK]
+    async def open_process(
+        self, argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start a program and hold it open; see `mabridge.sandbox.SupportsProcess`."""
+        variables = self._variables(env)
+        self._check_size("open_process", size([*argv, *variables]))
+        process = CloudflareProcess(self, uuid.uuid4().hex)
+        await process.start(argv, self.workdir if cwd is None else cwd, variables)
+        return process
+
+    @asynccontextmanager
+    async def uploaded(self, op: str, data: bytes) -> AsyncIterator[list[str]]:
+        """Have `data` in the container as files, one after another; give their paths."""
+        paths = _paths(uuid.uuid4().hex, data)
+        try:
+            await self._upload(paths, data)
+            yield paths
+        finally:
+            await self._discard(op, paths)
+
+    async def _upload(self, paths: Sequence[str], data: bytes) -> None:
+        for number, path in enumerate(paths):
+            part = data[number * _CHUNK : (number + 1) * _CHUNK]
             # Shielded: if it were cut off, the file might be written after we had looked for it to remove it.
             with anyio.CancelScope(shield=True):
-                await self._worker.call("exec", "PUT", path, content=part, sandbox_id=self.id)
+                url = f"/v1/sandbox/{self.id}/file{path}"
+                await self.worker.call("exec", "PUT", url, content=part, sandbox_id=self.id)
             await anyio.lowlevel.checkpoint()
-        return len(starts)
 
-    async def _went(self) -> bool:
-        """Whether the container is gone, which breaks connections too: the register knows, or will in a moment."""
-        for pause in (0.1, 0.4, 1.5) if self._registered else ():
+    async def _discard(self, op: str, paths: Sequence[str]) -> None:
+        if paths:
+            with anyio.CancelScope(shield=True), contextlib.suppress(SandboxError):
+                await self.worker.run(op, self.id, ["rm", "-f", *paths], timeout=_STOP)
+
+    async def went(self) -> bool:
+        """Whether the container is gone, which breaks connections too: the register knows, or will in a moment.
+
+        The bridge alone starts another one.
+        """
+        for pause in (0.1, 0.3, 0.6) if self._registered else ():
             with contextlib.suppress(SandboxUnavailable):
-                response = await self._worker.call("exec", "GET", register(self.id), allow=(404,))
+                response = await self.worker.call("exec", "GET", register(self.id), allow=(404,))
                 if response.status_code == 404:
                     return True
             await anyio.sleep(pause)
+        with contextlib.suppress(SandboxUnavailable):
+            return not await self._is_ours()
         return False
 
-    async def _cancel(self, call: str) -> None:
+    async def _is_ours(self) -> bool:
+        """Whether the container is still the one that it was, with what we have put there."""
+        try:
+            code, out = await self.worker.run("exec", self.id, ["cat", f"{STATE}/state"], timeout=CREATE)
+        except SandboxGone:
+            return False
+        return code == 0 and out.startswith(self.instance.encode() + b" ")
+
+    async def cancel(self, call: str) -> None:
         """Kill what a call has started, or yet will start: nobody waits for it any more."""
         with anyio.CancelScope(shield=True):
             try:
-                await self._worker.run("exec", self.id, cancel_argv(call), timeout=_STOP)
+                await self.worker.run("exec", self.id, cancel_argv(call), timeout=_STOP)
             except SandboxError as exc:
                 logger.warning("a command may run on until its time is up: %s", exc)
 
-    def _gone(self, op: str) -> SandboxGone:
+    def _variables(self, env: Mapping[str, str] | None) -> list[str]:
+        return [f"{name}={value}" for name, value in {**self._env, **check_env(env)}.items()]
+
+    def _check_size(self, op: str, taken: int) -> None:
+        if taken > COMMAND_LIMIT:
+            message = f"a command and its variables may have {COMMAND_LIMIT:,} bytes, and these have {taken:,}"
+            raise NotSupported(message, provider=PROVIDER, op=op, sandbox_id=self.id)
+
+    def gone(self, op: str) -> SandboxGone:
         message = "its container has stopped, and its files are lost"
         return SandboxGone(message, provider=PROVIDER, op=op, sandbox_id=self.id)
+
+
+def _paths(call: str, data: bytes) -> list[str]:
+    """Return where `data` is put that is too large for a request."""
+    return [UPLOAD.format(call=call, number=number) for number in range(math.ceil(len(data) / _CHUNK))]

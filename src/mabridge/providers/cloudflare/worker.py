@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -31,6 +31,7 @@ SLACK = 60.0
 """Seconds that the call of a command may take beyond the command's own time."""
 
 _CONNECT = 20.0
+_ENDING = 1.0  # seconds for an answer to end that is complete: a connection that was read to the end is used again
 _SILENCE = 90.0  # seconds; a command's script says something every fifteen
 
 
@@ -96,32 +97,61 @@ class Worker:
             SandboxGone: there is no such sandbox, and none was started.
             SandboxUnavailable: it could not be run, or it may have been.
         """
-        path = f"/v1/sandbox/{key}/exec"
+        out = Capture(most)
+
+        async def keep(data: bytes) -> None:
+            out.add(data)
+            if out.full:
+                message = f"the sandbox said more than {most:,} bytes"
+                raise SandboxUnavailable(message, provider=PROVIDER, op=op, sandbox_id=key)
+
         # The bridge's own time limit is there for the case that nothing else of this works.
         body = {"argv": [*argv], "timeout_ms": math.ceil((timeout + SLACK) * 1000)}
-        out = Capture(most)
-        limits = httpx2.Timeout(timeout, connect=_CONNECT, read=min(timeout, _SILENCE) if beats else timeout)
+        read = min(timeout, _SILENCE) if beats else timeout
         with self._mapped(op, key), anyio.fail_after(timeout):
-            request = self.client.stream("POST", path, json=body, headers=self._authorization, timeout=limits)
-            async with request as response:
-                if not response.is_success:
-                    await response.aread()
-                    self._refuse(op, key, response)
-                event = ""
-                async for line in response.aiter_lines():
-                    name, _, value = line.partition(": ")
-                    if name == "event":
-                        event = value
-                    elif name == "data" and event == "stdout":
-                        out.add(base64.b64decode(value))
-                        if out.full:
-                            message = f"the sandbox said more than {most:,} bytes"
-                            raise SandboxUnavailable(message, provider=PROVIDER, op=op, sandbox_id=key)
-                    elif name == "data" and event == "exit":
-                        return json.loads(value)["exit_code"], out.take()
-                    elif name == "data" and event == "error":
-                        message = f"the bridge could not run it: {json.loads(value).get('error')}"[:500]
-                        raise SandboxUnavailable(message, provider=PROVIDER, op=op, sandbox_id=key)
+            code = await self._stream(op, key, body, keep, httpx2.Timeout(timeout, connect=_CONNECT, read=read))
+        return code, out.take()
+
+    async def follow(self, op: str, key: str, argv: Sequence[str], take: Callable[[bytes], Awaitable[None]]) -> int:
+        """Run a command of ours, however long that takes, give `take` what it says, and return its exit code.
+
+        It has to say something now and then. Raises as `run` does.
+        """
+        limits = httpx2.Timeout(CALL, connect=_CONNECT, read=_SILENCE)
+        with self._mapped(op, key):
+            return await self._stream(op, key, {"argv": [*argv]}, take, limits)
+
+    async def _stream(
+        self,
+        op: str,
+        key: str,
+        body: Mapping[str, Any],
+        take: Callable[[bytes], Awaitable[None]],
+        limits: httpx2.Timeout,
+    ) -> int:
+        path = f"/v1/sandbox/{key}/exec"
+        request = self.client.stream("POST", path, json=body, headers=self._authorization, timeout=limits)
+        async with request as response:
+            if not response.is_success:
+                await response.aread()
+                self._refuse(op, key, response)
+            event = ""
+            lines = response.aiter_lines()
+            async for line in lines:
+                name, _, value = line.partition(": ")
+                if name == "event":
+                    event = value
+                elif name == "data" and event == "stdout":
+                    await take(base64.b64decode(value))
+                elif name == "data" and event == "exit":
+                    code = int(json.loads(value)["exit_code"])
+                    with anyio.move_on_after(_ENDING):
+                        async for _ in lines:
+                            pass
+                    return code
+                elif name == "data" and event == "error":
+                    message = f"the bridge could not run it: {json.loads(value).get('error')}"[:500]
+                    raise SandboxUnavailable(message, provider=PROVIDER, op=op, sandbox_id=key)
         message = "the connection ended before the command did"
         raise SandboxUnavailable(message, provider=PROVIDER, op=op, sandbox_id=key)
 
