@@ -41,14 +41,16 @@ def test_secret_in_a_file_is_seen(tmp_path: Path) -> None:
 
 def test_secret_in_a_process_list_or_in_a_sandboxs_environment_is_seen() -> None:
     secret = f"canary-{os.getpid()}-{time.monotonic_ns()}"  # one that the canaries of other tests do not know
-    waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    waits = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
     watch = canary.ProcessWatch(re.compile(secret.encode()))
     for more, environment, expected in (
         ([secret], {}, "argv of"),
         ([], {"MAB_EXEC": "1", "SECRET": secret}, "which runs in a sandbox"),
         ([], {"SECRET": secret}, None),
     ):
-        with subprocess.Popen([*waits, *more], env=environment, stdin=subprocess.PIPE) as process:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([*waits, *more], env=environment, **pipes) as process:
+            process.stdout.readline()
             watch.look()
             process.kill()
         assert [expected is not None and expected in found for found in watch.found] == [True] * bool(expected)

@@ -32,6 +32,8 @@ class Venv:
         # The build backend is this environment's own, for a test downloads nothing.
         own |= {"PIP_NO_BUILD_ISOLATION": "false", "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
         own |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+        # Of a stranger's own choice, and not there unless they have it.
+        own |= {"PYTEST_ADDOPTS": "-p no:asyncio"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PIP_"))}
         done = subprocess.run(
             ["sh", "-ec", script],

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aiohttp import web
+from daytona import AsyncDaytona  # noqa: F401 - a second of importing, or ten on a busy machine: not at a test's expense
 from daytona_api_client_async import CreateSandbox
 from daytona_toolbox_api_client_async import ExecuteRequest
 

@@ -46,6 +46,8 @@ class Terminal:
     ) -> web.WebSocketResponse:
         """Run it until its shell has ended."""
         ours, theirs = os.openpty()
+        if os.geteuid() == 0:
+            os.fchown(theirs, self._machine.uid, -1)
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         pipes = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         argv = ["setsid", "--ctty", *argv]

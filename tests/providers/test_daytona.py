@@ -27,6 +27,9 @@ from tests.emulators.daytona import KEY, DaytonaEmulator
 
 pytestmark = pytest.mark.anyio
 
+SHELLS = [shell for shell in ("/bin/bash", "/bin/sh", "/bin/zsh") if Path(shell).exists()]
+"""What Daytona gives a text to, and runs in a terminal: zsh in its own images, else bash, else whatever there is."""
+
 EXECUTE = "POST /toolbox/.*/process/execute"
 
 
@@ -75,7 +78,7 @@ async def test_command_costs_one_request_and_a_large_stdin_one_more(
 
 
 async def test_it_takes_any_shell_that_daytona_gives_the_text_to(emulator: DaytonaEmulator, sandbox: Sandbox) -> None:
-    for shell in ("/bin/bash", "/bin/sh"):
+    for shell in SHELLS:
         emulator.shell = shell
         told = await sh(sandbox, 'printf "%s\\0" "$@"; cat; echo err >&2; exit 5', "it's\n!", "$x", stdin=b"\0\xff")
         assert (told.exit_code, told.stdout, told.stderr) == (5, b"it's\n!\0$x\0\0\xff", b"err\n")

@@ -25,14 +25,18 @@ async def everything(process: Process) -> AsyncIterator[bytes]:
         yield data
 
 
-@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])
+@pytest.mark.parametrize("shell", test_daytona.SHELLS)
 async def test_process_has_what_a_command_has_and_nothing_of_the_login_shell(
     emulator: DaytonaEmulator, sandbox: DaytonaSandbox, shell: str
 ) -> None:
     emulator.shell = shell
-    script = "env -u MAB_EXEC -u OLDPWD | sort; grep SigIgn /proc/self/status; ulimit -f; umask; test -t 1 || echo no terminal"
+    (box,) = emulator.living
+    for name in (".profile", ".bash_profile", ".zprofile"):
+        said = "umask 077; export PROFILE=read; cd /; echo 'Welcome!'; alias env=false\n"
+        (box.machine.tree / "home/daytona" / name).write_text(said, encoding="utf-8")
+    script = "env -u MAB_EXEC -u OLDPWD | sort; grep SigIgn /proc/self/status; ulimit -f; umask; tty <&1 || echo none"
     told = await sh(sandbox, script, env={"MINE": "it's\n$x"})
-    assert b"SigIgn:\t0000000000000000\nunlimited\n0022\nno terminal\n" in told.stdout
+    assert b"SigIgn:\t0000000000000000\nunlimited\n0022\nnot a tty\nnone\n" in told.stdout
     process = await sandbox.open_process(["/bin/sh", "-c", script], env={"MINE": "it's\n$x"})
     with anyio.fail_after(30):
         assert b"".join([data async for data in everything(process)]) == told.stdout
@@ -48,6 +52,18 @@ async def test_process_that_nobody_listens_to_waits_and_loses_nothing(sandbox: D
     with anyio.fail_after(60):
         heard = b"".join([data async for data in everything(process)])
     assert heard == await sandbox.read_file("all", max_bytes=5_000_000)
+    await process.aclose()
+
+
+@pytest.mark.parametrize("said", ["yes", "yes | tr -d '\\n'"], ids=["lines", "a line without end"])
+async def test_what_writes_to_the_terminal_itself_breaks_it_and_takes_no_memory(
+    sandbox: DaytonaSandbox, said: str
+) -> None:
+    process = await sandbox.open_process(["cat"])
+    await sh(sandbox, f"(cd /proc/$(cat /tmp/.mab-*.w)/fd && {said} | head -c 10000000 > 1) 2>/dev/null &")
+    with anyio.fail_after(20), pytest.raises(SandboxUnavailable):
+        await process.receive()
+    assert len(process._said) <= 1_000_000
     await process.aclose()
 
 

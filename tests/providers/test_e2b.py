@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -245,6 +246,21 @@ async def test_server_at_fault_is_unavailable_and_leaves_nothing(emulator, provi
     with pytest.raises(SandboxUnavailable) as caught:
         await provider.create(new_spec())
     assert "\n" not in str(caught.value)
+    assert emulator.vms == {}
+
+
+async def test_create_cancelled_while_its_directory_is_made_leaves_no_error_behind(
+    emulator: E2BEmulator, provider: E2BProvider
+) -> None:
+    """What the SDK starts for a call, and forgets when that is cut off, ends in an error that the loop complains of."""
+    emulator.latency = 0.2
+    async with anyio.create_task_group() as group:
+        group.start_soon(provider.create, new_spec())
+        with anyio.fail_after(20):
+            while sum(call.endswith("Process/Start") for call in emulator.calls) < 2:  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+        group.cancel_scope.cancel()
+    gc.collect()
     assert emulator.vms == {}
 
 

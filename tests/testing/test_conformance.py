@@ -61,7 +61,8 @@ CONFORMANCE = """
 def run(pytester: pytest.Pytester, body: str, *args: str) -> pytest.RunResult:
     """Run a stranger's conformance class, in a directory with nothing else."""
     pytester.makepyfile(CONFORMANCE.format(body=body))
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist", *args, timeout=60)
+    off = [option for name in ("cacheprovider", "xdist", "asyncio") for option in ("-p", f"no:{name}")]
+    return pytester.runpytest_subprocess(*off, *args, timeout=60)
 
 
 def test_stranger_needs_nothing_but_the_class(pytester: pytest.Pytester) -> None:

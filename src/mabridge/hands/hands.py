@@ -109,6 +109,7 @@ class Hands:
     def __init__(self, sandbox: Sandbox, *, max_output: int = 2 * 1024**3) -> None:
         self._sandbox = sandbox
         self._max_output = max_output
+        self._over_channels = isinstance(sandbox, SupportsProcess)
         self._channels: dict[str, tuple[_Journal, Channel]] = {}
         self._locks: dict[str, anyio.Lock] = {}
         self._to_forget: list[str] = []
@@ -123,11 +124,12 @@ class Hands:
         Raises:
             SandboxError: they could not be; the sandbox has no place to write, or no shell.
         """
-        if isinstance(self._sandbox, SupportsProcess):
+        if self._over_channels:
             try:
                 await self._open_channel("main")
             except SandboxUnavailable as error:
-                _log.info("sandbox %s: %s", self._sandbox.id, error)
+                self._over_channels = False
+                _log.warning("sandbox %s: each call will be a command of its own: %s", self._sandbox.id, error)
             else:
                 return self
         await self._install("main")
@@ -218,7 +220,7 @@ class Hands:
                 # A fresh journal would have the command run, and perhaps that had happened.
                 return _UNKNOWN
             try:
-                if isinstance(self._sandbox, SupportsProcess) and len(command) <= _LINES_LIMIT:
+                if self._over_channels and len(command) <= _LINES_LIMIT:
                     return await self._over_channel(call, command, shell, journal)
                 return await self._over_exec(call, command, shell)
             except SandboxUnavailable as error:

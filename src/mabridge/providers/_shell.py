@@ -19,7 +19,17 @@ import anyio
 from mabridge.errors import FileTooLarge, SandboxError, SandboxUnavailable
 from mabridge.sandbox import ExecResult, Sandbox
 
-__all__ = ["MARKER", "Capture", "check_env", "kill_argv", "read_file", "run_argv", "with_sized_stdin", "write_file"]
+__all__ = [
+    "MARKER",
+    "Capture",
+    "check_env",
+    "kill_argv",
+    "read_file",
+    "run_argv",
+    "with_env",
+    "with_sized_stdin",
+    "write_file",
+]
 
 MARKER = "MAB_EXEC"
 """The environment variable by whose value everything that one `exec` started is found again."""
@@ -186,6 +196,21 @@ def run_argv(argv: Sequence[str], cwd: str, *, announce: bool = False, quiet: bo
         raise ValueError(f"not a command that can be run: {list(argv)[:3]!r}")
     script = (_ANNOUNCE if announce else "") + (_QUIET if quiet else "") + _RUN
     return ["/bin/sh", "-c", script, "mab", cwd, *argv]
+
+
+def with_env(argv: Sequence[str], env: Mapping[str, str] | None) -> list[str]:
+    """Return the argv that runs `argv` with more variables.
+
+    Raises:
+        ValueError: `argv` cannot be run, or `env` not be passed on.
+    """
+    run_argv(argv, "/")  # what cannot be run is refused by its own name, not as an argument of env
+    variables = check_env(env)
+    if not variables:
+        return list(argv)
+    if "=" in argv[0]:  # env would take the program's name for a variable
+        argv = ["/bin/sh", "-c", 'exec "$@"', "mab", *argv]
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *argv]
 
 
 def with_sized_stdin(argv: Sequence[str], size: int) -> list[str]:

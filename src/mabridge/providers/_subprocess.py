@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -213,7 +213,7 @@ async def _kill_tree(process: subprocess.Popen[bytes], marker: str) -> None:
 
 
 def kill_marked(variable: str, session: int | None = None) -> None:
-    """Kill every process with `variable` in its environment, one whose name begins with MAB_, and those in `session`.
+    """Kill every process with `variable`, as ``NAME=value``, in its environment, and those in `session`.
 
     Where there is no ``/proc``, only the session's process group.
     """
@@ -222,8 +222,8 @@ def kill_marked(variable: str, session: int | None = None) -> None:
             _signal(os.killpg, session)
         return
     for _ in range(20):
-        found = _watch.look()
-        victims = found.marked.get(os.fsencode(variable), set()).copy()
+        found = _watch.look(os.fsencode(variable))
+        victims = found.marked[os.fsencode(variable)].copy()
         if session is not None:
             victims |= found.sessions.get(session, set())
         if not victims:
@@ -236,9 +236,8 @@ def kill_marked(variable: str, session: int | None = None) -> None:
 class _Processes:
     """The processes that there were when this was made, by what they can be found by."""
 
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.marked: defaultdict[bytes, set[int]] = defaultdict(set)
+    def __init__(self, variables: Iterable[bytes]) -> None:
+        self.marked: dict[bytes, set[int]] = {variable: set() for variable in variables}
         self.sessions: defaultdict[int, set[int]] = defaultdict(set)
         for name in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(OSError):  # it ended, or is another user's
@@ -251,25 +250,29 @@ class _Processes:
             return
         self.sessions[int(session)].add(pid)
         with open(f"/proc/{pid}/environ", "rb") as file:
-            for variable in file.read().split(b"\0"):
-                if variable.startswith(b"MAB_"):
-                    self.marked[variable].add(pid)
+            for variable in self.marked.keys() & file.read().split(b"\0"):
+                self.marked[variable].add(pid)
 
 
 class _Watch:
     """Looks at the processes once for all the threads that wait to know: there may be thousands of either."""
 
     def __init__(self) -> None:
+        self._wanted: list[bytes] = []
         self._lock = threading.Lock()
-        self._last: _Processes | None = None
+        self._last: tuple[float, _Processes] | None = None
 
-    def look(self) -> _Processes:
-        """Return the processes as they were at some time after this was called."""
+    def look(self, variable: bytes) -> _Processes:
+        """Return the processes, those with `variable` marked, as they were at some time after this was called."""
+        self._wanted.append(variable)
         asked = time.monotonic()
-        with self._lock:
-            if self._last is None or self._last.began < asked:
-                self._last = _Processes()
-            return self._last
+        try:
+            with self._lock:
+                if self._last is None or self._last[0] <= asked or variable not in self._last[1].marked:
+                    self._last = time.monotonic(), _Processes(tuple(self._wanted))
+                return self._last[1]
+        finally:
+            self._wanted.remove(variable)
 
 
 _watch = _Watch()

@@ -17,8 +17,9 @@ from mabridge.errors import CreateFailed, NotSupported, SandboxError, SandboxGon
 from mabridge.providers import _shell
 from mabridge.providers.daytona import script
 from mabridge.providers.daytona.options import minutes
+from mabridge.providers.daytona.process import DaytonaProcess
 from mabridge.providers.daytona.service import CALL, PROVIDER, SETTLE, delete, is_gone, mapped, state_of, time_of
-from mabridge.sandbox import ExecResult, Sandbox
+from mabridge.sandbox import ExecResult, Process, Sandbox
 
 if TYPE_CHECKING:
     from daytona import AsyncSandbox
@@ -46,11 +47,7 @@ class _Answer:
 
 
 class DaytonaSandbox(Sandbox):
-    """A sandbox of Daytona's that has started.
-
-    It cannot hold a process open: a session adds bytes to what passes through it and loses others, and a terminal cuts
-    off whoever reads slower than it writes.
-    """
+    """A sandbox of Daytona's that has started."""
 
     def __init__(self, box: AsyncSandbox, *, workdir: str) -> None:
         self.id = box.id
@@ -78,7 +75,7 @@ class DaytonaSandbox(Sandbox):
             keep=max_output,
             stdin=None if upload is not None else stdin or b"",
         )
-        async with self._reaching("exec"):
+        async with self.reaching("exec"):
             answer = await self._run(command, marker, upload, timeout)
             timed_out = answer.late
             code, out, err = script.unpack(answer.said, end)
@@ -86,7 +83,7 @@ class DaytonaSandbox(Sandbox):
                 if answer.code != _KILLED:
                     message = f"the command was not run: {answer.said.strip()[:300] or f'exit code {answer.code}'}"
                     raise SandboxUnavailable(message, provider=PROVIDER, op="exec", sandbox_id=self.id)
-                await self._require_started("exec")
+                await self.require_started("exec")
                 code = 137  # such as by `kill -9 -1`, which takes the script and the output too
         return ExecResult(
             exit_code=None if timed_out else code,
@@ -95,6 +92,15 @@ class DaytonaSandbox(Sandbox):
             timed_out=timed_out,
             truncated=len(out) > max_output or len(err) > max_output,
         )
+
+    async def open_process(
+        self, argv: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start a program and hold it open; see `mabridge.sandbox.SupportsProcess`."""
+        process = DaytonaProcess(self, self._box)
+        async with self.reaching("open_process"):
+            await process.start(argv, cwd or self.workdir, env)
+        return process
 
     async def read_file(self, path: str, *, max_bytes: int) -> bytes:
         return await _shell.read_file(self, path, max_bytes=max_bytes, provider=PROVIDER)
@@ -148,7 +154,7 @@ class DaytonaSandbox(Sandbox):
             nonlocal answer
             if upload is not None:
                 await self._box.fs.upload_file(upload, script.stdin_path(marker), timeout=_UPLOAD)
-            response = await self._box.process.exec(command, timeout=limit)
+            response = await self._box.process.exec(command, env=script.ENV, timeout=limit)
             answer = _Answer(response.result, response.exit_code)
             answered.set()
 
@@ -169,7 +175,7 @@ class DaytonaSandbox(Sandbox):
                     group.cancel_scope.cancel()
         finally:
             if answer is None and not killed:
-                await self._abandon(marker)
+                await self.abandon(marker)
         return _Answer("" if answer is None else answer.said, 0 if answer is None else answer.code, late)
 
     async def _kill(self, marker: str) -> bool:
@@ -180,11 +186,11 @@ class DaytonaSandbox(Sandbox):
             raise TimeoutError("a command could not be killed")
         return script.NEVER not in result.result
 
-    async def _abandon(self, marker: str) -> None:
+    async def abandon(self, marker: str) -> None:
         """Kill a command of whose end nobody will hear."""
         with anyio.CancelScope(shield=True):
             try:
-                async with self._reaching("exec"):
+                async with self.reaching("exec"):
                     await self._kill(marker)
             except SandboxGone:
                 logger.debug("%s: the sandbox went while a command ran in it", self.id)
@@ -192,7 +198,7 @@ class DaytonaSandbox(Sandbox):
                 logger.warning("a command may go on, for it could not be killed: %s", exc)
 
     @asynccontextmanager
-    async def _reaching(self, op: str) -> AsyncIterator[None]:
+    async def reaching(self, op: str) -> AsyncIterator[None]:
         """Say of a request that the sandbox did not take, whether that is because it is not there.
 
         What stands before the sandbox tells nothing: it answers 400, 401, 404 or 502 for one that is gone or stopped.
@@ -205,10 +211,10 @@ class DaytonaSandbox(Sandbox):
 
                 error = first_error(exc)
                 if isinstance(error, daytona.DaytonaError) and not isinstance(error, daytona.DaytonaRateLimitError):
-                    await self._require_started(op)
+                    await self.require_started(op)
                 raise
 
-    async def _require_started(self, op: str) -> None:
+    async def require_started(self, op: str) -> None:
         """Ask whether it is there, and raise why not."""
         with anyio.fail_after(CALL):
             await self._box.refresh_data()

@@ -36,10 +36,10 @@ class E2BProcess(Process):
         self._tail = b""
         self._ended = self._closed = False
 
-    async def start(self, command: Sequence[str]) -> None:
+    async def start(self, command: Sequence[str], cwd: str) -> None:
         """Start it; on failure nothing is left."""
         try:
-            await self._running.start(self._running.wrapper.hold(command), self._keep, stdin=True)
+            await self._running.start(self._running.wrapper.hold(command, cwd), self._keep, stdin=True)
         except BaseException:
             await self._running.try_to_kill(and_wrapper=True)
             self._said.close()

@@ -20,6 +20,7 @@ import anyio.abc
 from mabridge.errors import AtCapacity, ConfigError, CreateFailed, SandboxError, SandboxGone, SandboxUnavailable
 from mabridge.identity import KEY_LABEL
 from mabridge.providers import _shell
+from mabridge.providers._env import read_env
 from mabridge.providers.e2b.options import ALL, E2BOptions
 from mabridge.providers.e2b.running import CALL
 from mabridge.providers.e2b.sandbox import CREATE, E2BSandbox
@@ -152,7 +153,7 @@ class E2BProvider(Provider):
         from e2b import AsyncSandbox
 
         options = self.options
-        env = {name: value if isinstance(value, str) else value.read() for name, value in options.env.items()}
+        env = read_env(options.env)
         ours = {KEY_LABEL: spec.key, _WORKDIR: spec.workdir, _TTL: str(math.ceil(spec.ttl)), _MADE: mark}
         rules = {name: list(value) for name, value in options.network.model_dump().items() if value}
         if not options.allow_internet_access:  # said in both ways, for E2B takes no domains to allow without the second

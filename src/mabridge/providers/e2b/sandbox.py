@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from mabridge.errors import CreateFailed, SandboxUnavailable
@@ -71,7 +72,7 @@ class E2BSandbox(Sandbox):
         async with self.mapped("exec"):
             try:
                 source = await running.upload("i", stdin) if stdin and len(stdin) > _SMALL else stdin
-                await running.start(running.wrapper.run(command, stdin=source, max_output=max_output), answer.add)
+                await running.start(running.wrapper.run(*command, stdin=source, max_output=max_output), answer.add)
                 with anyio.move_on_after(timeout):
                     await running.ended.wait()
                 if timed_out := not running.ended.is_set():
@@ -101,7 +102,7 @@ class E2BSandbox(Sandbox):
         process = E2BProcess(self)
         command = self._command(argv, cwd, env)
         async with self.mapped("open_process"):
-            await process.start(command)
+            await process.start(*command)
         return process
 
     async def read_file(self, path: str, *, max_bytes: int) -> bytes:
@@ -152,11 +153,13 @@ class E2BSandbox(Sandbox):
                 path, owner = shlex.quote(self.workdir), made.stdout.decode().strip()
                 script = f"mkdir -p {path} && chown {owner} {path}"
                 try:
-                    with anyio.fail_after(CALL):
+                    # Shielded, for of a call that is cut off the SDK forgets a task, whose error the loop complains of.
+                    with anyio.CancelScope(shield=True), anyio.fail_after(CALL):
                         await self.box.commands.run(script, user="root", cwd="/", timeout=CALL)
                 except CommandExitException as exc:
                     why = " ".join(str(exc.stderr).split())[-200:]
                     break
+                await anyio.lowlevel.checkpoint_if_cancelled()
                 return
             await anyio.sleep(0.1)  # another worker makes it, and it is not the user's yet
         message = f"the working directory {self.workdir} cannot be used: {why}; set workdir, or the option user"
@@ -166,8 +169,12 @@ class E2BSandbox(Sandbox):
         """Raise the SDK's errors as ours, with the sandbox's id."""
         return self._service.mapped(op, self.id)
 
-    def _command(self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> list[str]:
-        variables = [f"{name}={value}" for name, value in _shell.check_env(env).items()]
-        command = [*(("env", *variables) if variables else ()), *_shell.run_argv(argv, cwd or self.workdir)]
-        "".join(command).encode()  # what is not Unicode cannot be sent: a ValueError, as for what cannot be run
-        return command
+    def _command(
+        self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None
+    ) -> tuple[Sequence[str], str]:
+        """Return the argv and its directory, or refuse them: what is not Unicode cannot be sent."""
+        cwd = cwd or self.workdir
+        _shell.run_argv(argv, cwd)  # for what it refuses
+        command = _shell.with_env(argv, env)
+        "".join((cwd, *command)).encode()
+        return command, cwd

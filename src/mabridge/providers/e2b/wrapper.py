@@ -29,28 +29,29 @@ f=$d/.mab-$n
 _END = 'rm -f "$f".* "/tmp/.mab-$n".* < /dev/null > /dev/null 2>&1 &\n'
 
 # $n names the call, $m is a mark that only this adapter knows, $k the KiB to keep of each stream. tee writes at once,
-# and reads on when its file has reached its limit. What comes before the mark came before the command's end; so a
-# process that holds a stream is not waited for. Then: the exit code, and both streams, those that are short and plain
-# as they are.
+# and reads on when its file has reached its limit. When both have ended, pipe 5 has: only they hold its other end.
+# (Since 5.1 bash makes a short string a pipe, which saves a process.) What comes before the mark came before the
+# command's end; so a process that holds a stream is not waited for. Then: the exit code, and both streams, those that
+# are short and plain as they are.
 _EXEC = (
     _BEGIN
     + r"""
-keep() { exec > /dev/null 2>&1; trap '' XFSZ; ulimit -f "$k"; (umask 077; exec tee "$1"); echo >&5; }
+keep() { exec > /dev/null 2>&1 5<&-; trap '' XFSZ; ulimit -f "$k"; umask 077; LC_ALL=C exec tee "$1"; }
 have() { grep -qF "$m" "$1" || [ "$(stat -c %%s "$1")" -ge $((k * 1024)) ]; }
-exec 5<> <(:)
+exec 5<<< x
+{ [ -p /proc/self/fd/5 ] && read -r -u 5; } || exec 5< <(:)
+exec 4> /proc/self/fd/5
 exec 6> >(keep "$f.o")
 exec 7> >(exec 6>&-; keep "$f.e")
-( echo "$BASHPID" > "$f.p"; exec 5>&-; MAB_EXEC=$n exec setsid %(command)s ) %(stdin)s >&6 2>&7 6>&- 7>&-
+exec 4>&-
+( echo "$BASHPID" > "$f.p"; exec 5>&-; %(command)s ) %(stdin)s >&6 2>&7 6>&- 7>&-
 c=$?
 printf %%s "$m" >&6; printf %%s "$m" >&7
 exec 6>&- 7>&-
-for i in 1 2; do
-    read -r -t 0.1 -u 5 && continue
-    for j in {1..500}; do have "$f.o" && have "$f.e" && break; sleep 0.02; done
-    break
-done
+read -r -t 0.1 -u 5
+[ $? -le 128 ] || for j in {1..500}; do have "$f.o" && have "$f.e" && break; sleep 0.02; done
 printf '\n%%s %%s\n' "$m" "$c"
-LC_ALL=C
+export LC_ALL=C
 for i in o e; do
     IFS= read -r -d '' -n 4096 x < "$f.$i"
     if [[ $x == *"$m" && $x != *[!$'\t\n '-~]* ]]; then printf '=%%s' "$x"; else base64 -w0 < "$f.$i"; fi
@@ -66,7 +67,7 @@ _HOLD = (
     + r"""
 relay() { while c=$(dd bs=131072 count=1 2>/dev/null | base64 -w0) && [ -n "$c" ]; do echo "$c"; done; }
 exec 6> >(relay 2>/dev/null)
-( echo "$BASHPID" > "$f.p"; exec setsid %(command)s ) >&6 2>/dev/null 6>&-
+( echo "$BASHPID" > "$f.p"; %(command)s ) >&6 2>/dev/null 6>&-
 printf %%s "$m" >&6
 exec 6>&-
 """
@@ -87,7 +88,9 @@ for i in {{1..50}}; do
     [ -z "$sid" ] || kill -9 "$sid"
     %s "${{sid:-none}}" || continue
     [ -z "$sid" ] || break
-    wrapper || break
+    wrapper && continue
+    for d in {_PLACES}; do [ ! -s "$d/.mab-$n.p" ] || continue 2; done
+    break
 done 2>/dev/null
 """
 _KILL_WRAPPER = "wrapper 2>/dev/null"
@@ -114,11 +117,12 @@ class Wrapper:
         """Return where a file may be uploaded that the wrapper needs, and removes."""
         return f"/tmp/.mab-{self.nonce}.{kind}"  # noqa: S108 - the sandbox's
 
-    def run(self, argv: Sequence[str], *, stdin: bytes | str | None, max_output: int) -> str:
+    def run(self, argv: Sequence[str], cwd: str, *, stdin: bytes | str | None, max_output: int) -> str:
         """Return the bash that runs `argv` and answers with its output.
 
         Args:
             argv: the command.
+            cwd: absolute path of its directory.
             stdin: what it reads, or the path of it in the sandbox.
             max_output: bytes to keep of each stream.
         """
@@ -129,11 +133,11 @@ class Wrapper:
             text = base64.b64encode(stdin).decode()
             source = f"< <(exec 5>&- 6>&- 7>&- 2> /dev/null; base64 -d <<< {text})"
         keep = (max_output + len(self.mark)) // 1024 + 1
-        return self._begin(keep) + _EXEC % {"command": shlex.join(argv), "stdin": source}
+        return self._begin(keep) + _EXEC % {"command": _become(argv, cwd, "MAB_EXEC=$n "), "stdin": source}
 
-    def hold(self, argv: Sequence[str]) -> str:
+    def hold(self, argv: Sequence[str], cwd: str) -> str:
         """Return the bash that runs `argv` with its own stdin, and answers with lines of base64 until the mark."""
-        return self._begin() + _HOLD % {"command": shlex.join(argv)}
+        return self._begin() + _HOLD % {"command": _become(argv, cwd)}
 
     def kill(self, *, and_wrapper: bool = False) -> str:
         """Return the bash that kills the command with all that it started, and fails if something survives.
@@ -166,6 +170,10 @@ class Wrapper:
 
     def _begin(self, keep: int = 0) -> str:
         return f"n={self.nonce} m={self.mark} k={keep}"
+
+
+def _become(argv: Sequence[str], cwd: str, variables: str = "") -> str:
+    return f"builtin cd {shlex.quote(cwd)} || exit 126; {variables}exec setsid {shlex.join(argv)}"
 
 
 def decoded(text: str) -> bytes:

@@ -1,0 +1,42 @@
+"""Finding and killing processes of this machine, for adapters whose commands are such."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+from mabridge.adapters import kill_marked
+
+
+def started(name: str, value: str) -> subprocess.Popen[bytes]:
+    """Return a process that is there, with its variable, and waits."""
+    script = "echo ready; sleep 4242"
+    process = subprocess.Popen(["sh", "-c", script], env={name: value}, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_each_of_many_kills_its_own_and_no_other() -> None:
+    """At once, so that they look at the processes together; by variables of any name."""
+    names = [f"{'MAB' if number % 2 else 'OTHER'}_{number}" for number in range(12)]
+    processes = {name: started(name, "same value") for name in names}
+    spared = started("MAB_1", "same value and more")
+    try:
+        with ThreadPoolExecutor(len(names)) as pool:
+            list(pool.map(kill_marked, [f"{name}=same value" for name in names]))
+        assert [process.wait(10) for process in processes.values()] == [-9] * len(names)
+        assert spared.poll() is None
+    finally:
+        for process in (spared, *processes.values()):
+            kill_marked("none=at all", process.pid)
+            process.wait()
+            process.stdout.close()
+
+
+def test_what_is_started_after_one_look_began_is_found_by_the_next() -> None:
+    for number in range(20):
+        process = started("ANY", str(number))
+        kill_marked(f"ANY={number}")
+        assert process.wait(10) == -9
+        process.stdout.close()
