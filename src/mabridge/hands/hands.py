@@ -43,6 +43,7 @@ _EXEC_SLACK = 30.0
 _ROUND = 50.0
 _KILL_DEADLINE = 20.0
 _ATTEMPTS = 4
+_CHANNEL_ATTEMPTS = 2  # of these; the others are over exec
 _FIRST_PAUSE = 0.2
 
 _INSTALL = """
@@ -128,8 +129,7 @@ class Hands:
             try:
                 await self._open_channel("main")
             except SandboxUnavailable as error:
-                self._over_channels = False
-                _log.warning("sandbox %s: each call will be a command of its own: %s", self._sandbox.id, error)
+                self._do_without_channels(error)
             else:
                 return self
         await self._install("main")
@@ -215,15 +215,20 @@ class Hands:
 
     async def _ask(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
         pause = _FIRST_PAUSE
+        lost: SandboxUnavailable | None = None
         for attempt in range(_ATTEMPTS):
             if self._journal != journal:
                 # A fresh journal would have the command run, and perhaps that had happened.
                 return _UNKNOWN
             try:
-                if self._over_channels and len(command) <= _LINES_LIMIT:
+                if self._over_channels and attempt < _CHANNEL_ATTEMPTS and len(command) <= _LINES_LIMIT:
                     return await self._over_channel(call, command, shell, journal)
-                return await self._over_exec(call, command, shell)
+                reply = await self._over_exec(call, command, shell)
+                if lost is not None and attempt >= _CHANNEL_ATTEMPTS:
+                    self._do_without_channels(lost)
+                return reply
             except SandboxUnavailable as error:
+                lost = error
                 if attempt == _ATTEMPTS - 1:
                     raise
                 _log.info("sandbox %s: asking again for call %s: %s", self._sandbox.id, call, error)
@@ -232,6 +237,12 @@ class Hands:
                 with contextlib.suppress(SandboxUnavailable):  # the next attempt tells
                     await self._install(shell)
         raise AssertionError("the last attempt returns or raises")
+
+    def _do_without_channels(self, error: SandboxUnavailable) -> None:
+        """Have each call be a command of its own from now on: slower, but it is what every sandbox can do."""
+        if self._over_channels:
+            self._over_channels = False
+            _log.warning("sandbox %s: each call will be a command of its own: %s", self._sandbox.id, error)
 
     async def _over_channel(self, call: str, command: str, shell: str, journal: _Journal) -> Reply:
         opened, channel = self._channels.get(shell, (None, None))
