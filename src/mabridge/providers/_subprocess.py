@@ -228,7 +228,7 @@ def kill_marked(variable: str, session: int | None = None) -> None:
             victims |= found.sessions.get(session, set())
         if not victims:
             return
-        for pid in victims:
+        for pid in sorted(victims):  # a shell before its child, at whose end it would go on with its next line
             _signal(os.kill, pid)
     logger.error("processes marked %s survived being killed: %s", variable, victims)
 
