@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from mabridge.adapters import kill_marked
 
 
-def started(name: str, value: str) -> subprocess.Popen[bytes]:
+def started(name: str, value: str, *, then: str = "") -> subprocess.Popen[bytes]:
     """Return a process that is there, with its variable, and waits."""
-    script = "echo ready; sleep 4242"
+    script = f"sleep 4242 & echo ready; wait; {then}"
     process = subprocess.Popen(["sh", "-c", script], env={name: value}, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -40,3 +41,12 @@ def test_what_is_started_after_one_look_began_is_found_by_the_next() -> None:
         kill_marked(f"ANY={number}")
         assert process.wait(10) == -9
         process.stdout.close()
+
+
+def test_shell_does_not_go_on_when_its_child_is_killed(tmp_path: Path) -> None:
+    for number in range(20):
+        process = started("ANY", str(number), then=f"echo on > {tmp_path}/went")
+        kill_marked(f"ANY={number}")
+        assert process.wait(10) == -9
+        process.stdout.close()
+    assert not (tmp_path / "went").exists()

@@ -228,8 +228,10 @@ def kill_marked(variable: str, session: int | None = None) -> None:
             victims |= found.sessions.get(session, set())
         if not victims:
             return
-        for pid in sorted(victims):  # a shell before its child, at whose end it would go on with its next line
-            _signal(os.kill, pid)
+        # Stopped first, for a shell would go on with its next line when its child is killed.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in sorted(victims):
+                _signal(os.kill, pid, number)
     logger.error("processes marked %s survived being killed: %s", variable, victims)
 
 
@@ -278,6 +280,6 @@ class _Watch:
 _watch = _Watch()
 
 
-def _signal(send: Callable[[int, int], None], pid: int) -> None:
+def _signal(send: Callable[[int, int], None], pid: int, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
-        send(pid, signal.SIGKILL)
+        send(pid, number)
