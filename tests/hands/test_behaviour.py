@@ -187,3 +187,12 @@ def test_program_is_clean_for_shellcheck():
     programs = [str(resources.files("mabridge.hands") / name) for name in ("hands.sh", "inner.sh")]
     done = subprocess.run(["shellcheck", "-s", "sh", *programs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+async def test_timeout_kills_a_subshell_that_has_lost_its_parent(run: Shell):
+    """It was forked and never executed anything, so it carries no mark, and it is below nothing of ours."""
+    command = "( ( while :; do echo beat >> beats; sleep 0.05 || sleep 1; done ) & ); sleep 60"
+    assert (await run(command, timeout=2)).timed_out
+    before = await run.text("wc -l < beats")
+    assert int(before) > 0
+    assert await run.text("sleep 1.2 || sleep 2; wc -l < beats") == before

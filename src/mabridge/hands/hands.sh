@@ -26,7 +26,7 @@
 D=${0%/*}
 C=$D/calls
 
-# Fills state, ppid and since (start, in ticks after boot) from /proc/PID/stat. Its second field may hold spaces.
+# Fills state, ppid, session and since (start, in ticks after boot) from /proc/PID/stat. Its second field may hold spaces.
 look() {
     { IFS= read -r line < "/proc/$1/stat"; } 2>/dev/null || return 1
     IFS=' '
@@ -34,7 +34,7 @@ look() {
     # shellcheck disable=SC2086 # the fields are to be split
     set -- ${line##*) }
     set +f
-    state=$1 ppid=$2
+    state=$1 ppid=$2 session=$4
     shift 19
     since=$1
 }
@@ -275,6 +275,19 @@ is_marked() {
     return 1
 } 2>/dev/null
 
+# Whether process $1, just looked at, is a subshell of the shell's own that has lost its parent, as those of a fork bomb
+# do: it is in the shell's session, carries no mark of any call, and is not the shell's spare.
+is_orphan() {
+    [ "$ppid" -eq 1 ] && [ "$session" = "$own_session" ] || return 1
+    for file in "$D"/shells/*/spare; do
+        { IFS=' ' read -r pid _ < "$file"; } 2>/dev/null && [ "$pid" = "$1" ] && return 1
+    done
+    own_mark=$mark mark=MABRIDGE_CALL=
+    is_marked "$1" && marked=1 || marked=''
+    mark=$own_mark
+    [ -z "$marked" ]
+}
+
 # What of a call's processes is still there: all that carry its mark, and all below its shell ($2) that are no older than
 # the call, for a subshell of the shell itself carries no mark. The call began at tick $3 of the clock, which ticks a
 # hundred times a second, and after the background job $4.
@@ -284,7 +297,8 @@ find_processes() {
     [ "$2" -gt 1 ] || grew=0
     [ -n "$token" ] || return 0
     mark=MABRIDGE_CALL=$1.$token.
-    inner=$2 ticks=$3 job=$4
+    inner=$2 ticks=$3 job=$4 own_session=none
+    [ "$grew" = 0 ] || ! look "$inner" || own_session=$session
     set -- /proc/[0-9]*
     # Where a fork bomb has taken every process there may be, grep could not be started. It is faster with many.
     # shellcheck disable=SC2046 # words are what is wanted
@@ -300,7 +314,7 @@ find_processes() {
             f=${f#/proc/}
             look "$f" || continue
             case $below in *" $f "*) continue ;; esac
-            case $below in *" $ppid "*) ;; *) continue ;; esac
+            case $below in *" $ppid "*) ;; *) is_orphan "$f" || continue ;; esac
             [ "$since" -gt "$ticks" ] || { [ "$since" -eq "$ticks" ] && [ "$f" -gt "$job" ]; } || continue
             below="$below$f " grew=1
             case $found in *" $f "*) ;; *) [ "$state" = Z ] || found="$found$f " ;; esac
