@@ -7,7 +7,7 @@ import pytest
 
 from mabridge.errors import SandboxUnavailable
 from mabridge.hands import Hands
-from mabridge.sandbox import Process, Sandbox
+from mabridge.sandbox import ExecResult, Process, Sandbox
 from tests.hands.conftest import Shell, WithProcess
 
 pytestmark = pytest.mark.anyio
@@ -19,8 +19,14 @@ class Fickle(WithProcess):
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
         self.refuses = False
-        self.tries = 0
+        self.tries = self.failing = 0
         self.held: list[Process] = []
+
+    async def exec(self, argv, **options) -> ExecResult:
+        if self.failing > 0 and "once" in argv:
+            self.failing -= 1
+            raise SandboxUnavailable("not now", provider="test", op="exec")
+        return await super().exec(argv, **options)
 
     async def open_process(self, argv, *, cwd=None, env=None) -> Process:
         self.tries += 1
@@ -75,3 +81,15 @@ async def test_channel_that_cannot_be_opened_again_costs_no_call(local_sandbox: 
         tries = fickle.tries
         assert await run.text("echo $x") == "1"
         assert fickle.tries == tries, "it is not tried any more"
+
+
+async def test_large_command_that_fails_over_exec_costs_no_channel(local_sandbox: Sandbox):
+    fickle = Fickle(local_sandbox)
+    async with Hands(fickle) as hands:
+        run = Shell(hands)
+        fickle.failing = 2
+        assert await run.text(f"x={'y' * 20_000}; echo ${{#x}}") == "20000"
+        assert fickle.failing == 0
+        await fickle.cut()
+        assert await run.text("echo ${#x}") == "20000"
+        assert fickle.tries == 2, "it is opened again"

@@ -220,15 +220,16 @@ class Hands:
             if self._journal != journal:
                 # A fresh journal would have the command run, and perhaps that had happened.
                 return _UNKNOWN
+            over_channel = self._over_channels and attempt < _CHANNEL_ATTEMPTS and len(command) <= _LINES_LIMIT
             try:
-                if self._over_channels and attempt < _CHANNEL_ATTEMPTS and len(command) <= _LINES_LIMIT:
+                if over_channel:
                     return await self._over_channel(call, command, shell, journal)
                 reply = await self._over_exec(call, command, shell)
-                if lost is not None and attempt >= _CHANNEL_ATTEMPTS:
+                if lost is not None:
                     self._do_without_channels(lost)
                 return reply
             except SandboxUnavailable as error:
-                lost = error
+                lost = error if over_channel else lost
                 if attempt == _ATTEMPTS - 1:
                     raise
                 _log.info("sandbox %s: asking again for call %s: %s", self._sandbox.id, call, error)
