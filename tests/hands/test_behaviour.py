@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from mabridge.hands import CallResult, Hands
-from mabridge.sandbox import Sandbox
+from mabridge.sandbox import ExecResult, Sandbox
 from tests.hands.conftest import Shell
 
 pytestmark = pytest.mark.anyio
@@ -144,6 +144,25 @@ async def test_restart_gives_a_fresh_shell(run: Shell):
     assert await run.text('echo "${X:-none}"; [ "$PWD" = / ] || echo home') == "none\nhome"
 
 
+async def test_what_a_dying_shell_took_is_run_by_the_next(run: Shell, reached: Sandbox):
+    """A shell that is killed while it waits for work can take an id out of its queue, and nothing comes of that."""
+    await run("X=kept; echo begin >> log")
+    steal = """
+    cd "$1/shells/main" && read -r pid _ < inner && kill -STOP "$pid" && read -r id < in && kill -9 "$pid"
+    """
+    stolen: list[ExecResult] = []
+
+    async def thief() -> None:
+        stolen.append(await reached.exec(["sh", "-c", steal, "sh", run.hands.directory], timeout=20, max_output=1000))
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(thief)
+            await _until_stopped(run, reached)
+            assert await run.text("echo $X >> log; cat log") == "begin\nkept"
+    assert stolen[0].exit_code == 0, stolen[0].stderr
+
+
 async def test_long_output_comes_with_its_ends_its_size_and_its_place(run: Shell, reached: Sandbox):
     result = await run("seq 1 100000")
     assert result.size == 588_895
@@ -181,11 +200,21 @@ async def test_hands_pick_the_first_place_that_can_be_written(local_sandbox: San
         assert hands.directory.startswith(local_sandbox.workdir.removesuffix("/workspace") + "/tmp/")
 
 
+async def _until_stopped(run: Shell, reached: Sandbox) -> None:
+    script = """
+    read -r pid _ < "$1/shells/main/inner"
+    until grep -q '^State:.T' "/proc/$pid/status"; do sleep 0.1 || sleep 1; done
+    """
+    await reached.exec(["sh", "-c", script, "sh", run.hands.directory], timeout=20, max_output=1000)
+
+
 def test_program_is_clean_for_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck")
     programs = [str(resources.files("mabridge.hands") / name) for name in ("hands.sh", "inner.sh")]
-    done = subprocess.run(["shellcheck", "-s", "sh", *programs], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", "-P", "SCRIPTDIR", "-s", "sh", *programs], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 

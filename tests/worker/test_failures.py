@@ -147,6 +147,7 @@ async def test_terminated_session_is_let_go(environment: Environment, serve: Ser
     async with serve() as watched:
         session = environment.create_session(brain, message="go")
         await watched.until("call.started")
+        await watched.until("sandbox.created")
         session.terminate()
         released = await watched.until("session.released", timeout=20)
     assert released.reason == "terminated"

@@ -58,7 +58,8 @@ for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     else
         printf %s "$5" > "$d/$1.$2" || { rm -f "$d/reserve" && printf %s "$5" > "$d/$1.$2"; } \
             || { rm -f "$d/$1.$2"; continue; }
-        printf %s "$7" > "$d/${1%.sh}.inner.sh" || { rm -f "$d/$1.$2"; continue; }
+        printf %s "$7" > "$d/${1%.sh}.inner.sh" && printf %s "$8" > "$d/${1%.sh}.watch.sh" \
+            || { rm -f "$d/$1.$2"; continue; }
         mv -f "$d/$1.$2" "$d/$1" || exit 1
     fi
     read -r token < "$d/token"
@@ -410,8 +411,8 @@ class Hands:
 
     def _install_argv(self, shell: str, verb: str) -> list[str]:
         tag, most = secrets.token_hex(4), str(self._max_output)
-        program, inner = _programs()
-        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb, inner]
+        program, inner, watch = _programs()
+        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb, inner, watch]
 
     async def _drop_channel(self, shell: str) -> None:
         _, channel = self._channels.pop(shell, (None, None))
@@ -427,10 +428,11 @@ def _file_name(name: str) -> str:
 
 
 @cache
-def _programs() -> tuple[str, str]:
-    """The two shell programs: what serves requests and keeps the shells, and what an agent's shell runs."""
+def _programs() -> tuple[str, str, str]:
+    """The shell programs: what serves requests and keeps the shells, an agent's shell, and what bounds its outputs."""
     here = resources.files("mabridge.hands")
-    return (here / "hands.sh").read_text(encoding="utf-8"), (here / "inner.sh").read_text(encoding="utf-8")
+    hands, inner, watch = ((here / name).read_text(encoding="utf-8") for name in ("hands.sh", "inner.sh", "watch.sh"))
+    return hands, inner, watch
 
 
 @cache

@@ -2,7 +2,7 @@
 #
 # Runs in the sandbox, under any POSIX sh. It lies in a directory of its own, with calls/ (the journal) and shells/:
 #
-#   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG: which of them counts
+#   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG of the one that counts, and its shell
 #   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
 #   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    FIFOs to poke at its end
 #   calls/ID.why       why somebody killed it                     calls/ID.end.N    the status, where the disk is full
@@ -135,6 +135,7 @@ keep() {
     { IFS= read -r id < "$S/current"; } 2>/dev/null
     [ -z "$id" ] || is_done "$id" || settle "$id" 137 lost
     while :; do
+        submit_again "$1"
         if runs "$S/spare"; then
             run_spare
         elif command -v bash > /dev/null 2>&1; then
@@ -156,6 +157,19 @@ keep() {
             pause
         fi
         : >| "$S/current"
+    done
+}
+
+# A shell that is killed while it waits for work may take an id with it: it is still there to read when it was doomed.
+# This comes between two shells, so nobody reads now. Twice does no harm: only one can create ID.begun.
+submit_again() {
+    for file in "$C"/*.ready; do
+        id=${file##*/}
+        id=${id%.ready}
+        if [ ! -s "$file" ] || [ -e "$C/$id.begun" ] || is_done "$id"; then continue; fi
+        shell=''
+        { IFS= read -r _ && IFS= read -r shell; } < "$C/$id.ready" 2>/dev/null
+        [ "$shell" != "$1" ] || printf '%s\n' "$id" >&3
     done
 }
 
@@ -185,63 +199,10 @@ start_watcher() {
     (exec "$1" "$0" watch < /dev/null > /dev/null 2>&1 3<&-) &
 }
 
-# Whether a shell has a call. It says so before it looks whether the watcher sleeps, which looks the other way round: so
-# one of them sees the other. Whoever waits for that call is told of its end by a keeper: one that was killed is replaced.
-tend_shells() {
-    busy=0
-    for shell in "$D"/shells/*/current; do
-        [ -s "$shell" ] || continue
-        busy=1 generation=0
-        S=${shell%/current}
-        lives || start "${S##*/}"
-    done
-    [ "$busy" = 1 ]
-}
-
-# Bound what outputs take on the disk. It sleeps until a shell is given work, for it costs two forks a second.
-watch() {
-    [ -p "$D/poke" ] || mkfifo "$D/poke" || return 1
-    exec 5<> "$D/poke"
-    look $$ || since=0
-    printf '%s %s\n' $$ "$since" >| "$D/watcher"
-    while [ -d "$C" ]; do
-        # Nobody would wake it where there is no space to say that it sleeps.
-        if { printf '1\n' >| "$D/asleep"; } 2>/dev/null && ! tend_shells; then
-            # shellcheck disable=SC3045 # bash and busybox look once a minute for what a background job still writes
-            case ${BASH_VERSION-}$TIMED in '') read -r _ <&5 ;; *) read -r -t 60 _ <&5 ;; esac
-        fi
-        busy=1
-        while [ "$busy" = 1 ]; do
-            printf '' >| "$D/stamp"
-            sleep 1
-            { IFS= read -r most < "$D/most"; } 2>/dev/null || return 0
-            most=$((most / 512))
-            # shellcheck disable=SC2046 # words are what is wanted
-            set -- $(df -Pk "$D" 2>/dev/null | tail -n 1)
-            case ${4-} in '' | *[!0-9]*) ;; *) [ "$4" -ge 65536 ] || most=$((KEPT * 4 / 512)) ;; esac
-            find "$C" "$D/old" -name '*.out' -size "+$most" 2>/dev/null | while IFS= read -r file; do cut_out "$file"; done
-            tend_shells || [ -z "$(find "$C" "$D/old" -name '*.out' -size +1 -newer "$D/stamp" 2>/dev/null)" ] || busy=1
-        done
-    done
-}
-
-# Cut an output to its beginning. What writes to it does so at its end (O_APPEND), wherever that is now.
-cut_out() {
-    case $1 in "$D"/old/*)
-        printf '' >| "$1"
-        return
-        ;;
-    esac
-    size=$(wc -c < "$1") && dd if=/dev/null of="$1" bs="$KEPT" seek=1 2>/dev/null || return 0
-    dropped=0
-    { IFS= read -r dropped < "${1%.out}.dropped"; } 2>/dev/null
-    printf '%s\n' $((${dropped:-0} + size - KEPT)) >| "${1%.out}.dropped"
-}
-
-# Say which of the commands that were submitted for a call is the one. The first stands: $1 id, $2 tag.
+# Say which of the commands that were submitted for a call is the one. The first stands: $1 id, $2 tag, $3 shell.
 publish() {
     set -C
-    { printf '%s\n' "$2" > "$C/$1.ready"; } 2>/dev/null
+    { printf '%s\n%s\n' "$2" "$3" > "$C/$1.ready"; } 2>/dev/null
     set +C
     [ -s "$C/$1.ready" ] && return 0
     rm -f "$C/$1.ready"
@@ -411,6 +372,8 @@ keep) keep "$2" ;;
 watch)
     TIMED=$(sh -c 'read -t 0 _ < /dev/null; echo "$?"' 2>/dev/null)
     case $TIMED in [01]) ;; *) TIMED='' ;; esac
+    # shellcheck source=watch.sh
+    . "${0%.sh}.watch.sh"
     watch
     ;;
 kill)
@@ -423,6 +386,11 @@ restart)
     # Stopped first, for it may be about to write its state; killed last, for the next one reads it at once.
     inner=''
     if runs "$S/inner"; then inner=$pid && kill -STOP "$inner"; fi
+    tries=0
+    while [ -n "$inner" ] && [ "$tries" -lt 20 ] && look "$inner" && [ "$state" != T ]; do
+        tries=$((tries + 1))
+        nap "$tries"
+    done
     : >| "$S/state.0"
     : >| "$S/state.1"
     if runs "$S/spare"; then kill -9 "$pid"; fi
@@ -440,7 +408,7 @@ tail)
 once)
     # One round trip: $2 nonce, $3 id, $4 shell, $5 seconds at most, and ids to forget. The command is on stdin.
     [ -d "$C" ] || exit 1
-    if ! { cat >| "$C/$3.cmd.$2" && publish "$3" "$2"; } 2>/dev/null; then
+    if ! { cat >| "$C/$3.cmd.$2" && publish "$3" "$2" "$4"; } 2>/dev/null; then
         full "$3" "$2"
         exit 0
     fi
@@ -483,7 +451,7 @@ channel)
             { printf '%s\n' "$line" || ok=''; } 2>/dev/null
             lines=$((lines - 1))
         done >| "$file"
-        [ "$file" != /dev/null ] && [ -n "$ok" ] && publish "$id" "$nonce" || ok=''
+        [ "$file" != /dev/null ] && [ -n "$ok" ] && publish "$id" "$nonce" "$2" || ok=''
         { [ -n "$ok" ] && printf '%s\n' "$R" >> "$C/$id.reply"; } 2>/dev/null || ok=''
         if [ -z "$ok" ]; then
             full "$id" "$nonce"
