@@ -122,6 +122,10 @@ class DaytonaEmulator:
         """What commands are given to; the service takes the first there is of zsh, bash and what SHELL says."""
         self.restrictions = True
         """Whether it knows the network's restrictions; one that does not ignores them."""
+        self.snapshots = {"mine"}
+        """Those that there are, beside the default one."""
+        self.images = {"debian:13"}
+        """What its registry has."""
         self.requests: list[str] = []
         """The method and path of each, in order."""
         self.boxes: dict[str, Box] = {}
@@ -229,8 +233,8 @@ class DaytonaEmulator:
         assert asked is not None
         if asked.additional_properties:
             raise Refused(400, f"properties {list(asked.additional_properties)} should not exist")
-        if asked.snapshot == "missing":
-            raise Refused(400, "Snapshot missing not found. Did you add it through the Daytona Dashboard?")
+        if asked.snapshot is not None and asked.snapshot not in self.snapshots:
+            raise Refused(400, f"Snapshot {asked.snapshot} not found. Did you add it through the Daytona Dashboard?")
         if any(box.name == asked.name for box in self.boxes.values()):
             raise Refused(409, f"Sandbox with name {asked.name} already exists")
         if not self.restrictions:
@@ -239,7 +243,8 @@ class DaytonaEmulator:
         if asked.ttl_minutes:
             box.ends = box.created + self._seconds(asked.ttl_minutes)
         self.boxes[box.id] = box
-        if asked.build_info is not None and "missing" in (asked.build_info.dockerfile_content or ""):
+        build = (asked.build_info.dockerfile_content or "").split() if asked.build_info is not None else []
+        if build and build[1] not in self.images:  # FROM image
             self._spawn(self._fail(box))
         else:
             self._spawn(self._bring_up(box))

@@ -235,7 +235,9 @@ async def test_session_goes_on_in_its_suspended_sandbox_at_another_worker(
         assert await all_of(provider) == []
 
 
-async def check(place: Place, path: Path, *, program: str | None = None, **changes: str) -> tuple[int, str, str]:
+async def check(
+    place: Place, path: Path, *arguments: str, program: str | None = None, **changes: str
+) -> tuple[int, str, str]:
     """Run ``mabridge check`` in a process of its own; return its exit code and what it said.
 
     `changes` are to options, if they are named as such, and to variables otherwise.
@@ -244,7 +246,8 @@ async def check(place: Place, path: Path, *, program: str | None = None, **chang
     lines = [f"{name} = {_toml(value)}" for name, value in options.items()]
     (path / "mabridge.toml").write_text("\n".join(["[providers.main]", f'type = "{place.name}"', *lines, ""]))
     env = {**os.environ, "HOME": str(path), "COLUMNS": "200", **{n: v for n, v in changes.items() if not n.islower()}}
-    command = [sys.executable, *(("-c", program) if program else ("-m", "mabridge.cli")), "check", "main"]
+    python = [sys.executable, *(("-c", program) if program else ("-m", "mabridge.cli"))]
+    command = [*python, "check", "main", *arguments]
     with anyio.fail_after(90):
         done = await anyio.run_process(command, cwd=path, env=env, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -272,6 +275,14 @@ async def test_check_says_what_is_wrong_once_and_in_a_line(place: Place, tmp_pat
     assert len(err.splitlines()) == 1, err
     assert [part for part in said.split("|") if part in err], err
     assert "made-up" not in err, "the key was told"
+
+
+async def test_check_makes_the_configuration_wrong_to_see_what_is_said(place: Place, tmp_path: Path) -> None:
+    _, out, err = await check(place, tmp_path, "--conformance", "--only", "errors", "--json")
+    said = {report["test"]: (report["outcome"], report["why"]) for report in json.loads(out)}
+    tried = [test for test in said if "bad_credentials" in test or "missing_image" in test]
+    assert len(tried) == 4
+    assert {said[test] for test in tried} == {("passed", "")}, err
 
 
 async def test_check_without_the_sdk_says_what_to_install(place: Place, tmp_path: Path) -> None:

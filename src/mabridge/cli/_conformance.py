@@ -55,8 +55,9 @@ def run_conformance(
     """
     run = _Run(config, name, groups or GROUPS, tell)
     # Of the project in whose directory this happens to run, nothing counts.
-    own = ("-c", os.devnull, "--rootdir", str(_KIT.parent), "--noconftest", "-p", "no:cacheprovider")
-    pytest.main([*own, "-p", "no:terminal", str(_KIT)], plugins=[_Registrar(run)])
+    own = ("-c", os.devnull, "--rootdir", str(_KIT.parent), "--noconftest")
+    without = ("-p", "no:cacheprovider", "-p", "no:asyncio", "-p", "no:terminal")
+    pytest.main([*own, *without, str(_KIT)], plugins=[_Registrar(run)])
     return run.reports
 
 
@@ -64,7 +65,8 @@ class _Run:
     """A plugin of the run: what is to be tested, and what came of it."""
 
     def __init__(self, config: ProviderConfig, name: str, groups: Sequence[str], tell: Callable[[str], None]) -> None:
-        self.make = partial(make_provider, config, name)
+        self.config = config
+        self.make = partial(make_provider, name=name)
         self.reports: list[Report] = []
         self._name = name
         self._groups = groups

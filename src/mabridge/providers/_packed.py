@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import binascii
 import io
+import math
 from collections.abc import Callable, Sequence
+
+import anyio
 
 from mabridge.providers import _shell
 
-__all__ = ["REQUIRED", "Unpacker", "capture_argv", "drain_argv", "flush_argv", "hold_argv", "kill_leader_argv"]
+__all__ = ["REQUIRED", "Held", "Unpacker", "capture_argv", "drain_argv", "flush_argv", "hold_argv", "kill_leader_argv"]
 
 REQUIRED = ("setsid", "base64", "head", "dd", "cat", "grep", "stat")
 """The programs that these scripts, and those of `mabridge.providers._shell`, need."""
@@ -92,6 +95,9 @@ exec 7>&1 2>/dev/null
 { (run "$@"); echo "#c $?" >&7; } | as o "$setsid" /bin/sh -c "$pack"
 """
 )
+
+_LINGER = 0.3  # seconds, after a program's end, until its output is taken to have ended as well
+_DRAIN_TIME = 5.0  # seconds, after that, for output that goes on and on
 
 _KILL_LEADER = 'kill -9 "$1" 2>/dev/null; shift; exec "$@"'
 
@@ -175,3 +181,45 @@ class Unpacker(io.TextIOBase):
                 self._take(binascii.a2b_base64(packed, strict_mode=True))
         self._rest = cut + rest
         return len(text)
+
+
+class Held(Unpacker):
+    """Takes what a command of `hold_argv` says: the program's output, and what becomes of the program.
+
+    Attributes:
+        pids: the processes that were announced, by their letters: of those above, and of any other.
+        exited: the program has ended; what it left behind may still write.
+        ended: no more output is expected.
+        packed: what packs has come to its end: nothing is left there to be killed.
+    """
+
+    def __init__(self) -> None:
+        self._ready: list[bytes] = []
+        self.pids: dict[str, int] = {}
+        self.exited = self.ended = self.packed = False
+        self._until = math.inf
+        super().__init__(self._ready.append, self._hear)
+
+    def take(self) -> bytes:
+        """Return the next piece of output, or nothing where none is here."""
+        return self._ready.pop(0) if self._ready else b""
+
+    def patience(self) -> float:
+        """Return the seconds for which more output is to be waited for."""
+        return min(_LINGER, self._until - anyio.current_time()) if self.exited else math.inf
+
+    def to_kill(self) -> list[str]:
+        """Return what ``kill`` is to be given: the program with its group, if it has not ended, and what packs."""
+        targets = [f"-{self.pids['o']}"] if "o" in self.pids else []
+        if "p" in self.pids and not self.exited:  # it may not be the leader of its group yet
+            targets += [f"-{self.pids['p']}", str(self.pids["p"])]
+        return targets
+
+    def _hear(self, letter: str, number: int) -> None:
+        if letter == "c":
+            self.exited = True
+            self._until = anyio.current_time() + _DRAIN_TIME
+        elif letter == "z":
+            self.ended = self.packed = True
+        else:
+            self.pids[letter] = number

@@ -148,7 +148,7 @@ class Control(Storage):
     async def ImageJoinStreaming(self, stream: Any, request: Any) -> Any:
         await asyncio.sleep(0.05)
         result = _DONE
-        if any("missing" in line for line in self._emulator.dockerfiles[-1]):
+        if self._emulator.dockerfiles[-1][0].removeprefix("FROM ") not in self._emulator.registry:
             failure = pb.GenericResult.GENERIC_STATUS_FAILURE
             result = pb.GenericResult(status=failure, exception="manifest unknown:\nno such image in the registry")
         return pb.ImageJoinStreamingResponse(result=result, metadata=pb.ImageMetadata(), eof=True)
@@ -265,6 +265,7 @@ class Emulator:
         self.secrets: dict[str, dict[str, str]] = {"known": {"FROM_SECRET": "yes"}}
         self.definitions: list[pb.Sandbox] = []
         """What each sandbox was made with."""
+        self.registry = {"python:3.13-slim", "registry.example.com/team/image:1"}
         self.dockerfiles: list[list[str]] = []
         """What each image was built from."""
         self.later: set[asyncio.Task[None]] = set()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,14 +27,12 @@ __all__ = ["CloudflareProcess"]
 
 logger = logging.getLogger("mabridge.providers.cloudflare")
 
-_HELD = 16  # pieces of what it said, until the stream is held back
+_PIECES = 16  # pieces of what it said, until the stream is held back
 _LINE = 1024 * 1024  # bytes; those of base64 have 64 KiB
 _START = 60.0  # seconds
 _SEND = 300.0  # seconds: as long as it may take the process to read it
 _STOP = 30.0  # seconds for everything that closing may take
 _ENDING = 2.0  # seconds for the stream to end by itself, once all is killed: then its connection can be used again
-_LINGER = 0.3  # seconds, after a program's end, until its output is taken to have ended as well
-_DRAIN = 5.0  # seconds, after that, for output that goes on and on
 
 
 class CloudflareProcess(Process):
@@ -49,15 +46,12 @@ class CloudflareProcess(Process):
     def __init__(self, sandbox: CloudflareSandbox, name: str) -> None:
         self._sandbox = sandbox
         self._name = name
-        self._said, self._received = anyio.create_memory_object_stream[bytes](_HELD)
-        self._ready: list[bytes] = []
-        self._unpacker = _packed.Unpacker(self._ready.append, self._told)
-        self._pids: dict[str, int] = {}
+        self._said, self._received = anyio.create_memory_object_stream[bytes](_PIECES)
+        self._held = _packed.Held()
         self._scope = anyio.CancelScope()
         self._over = anyio.Event()
         self._error: SandboxError | None = None
-        self._exited = self._ended = self._packed = self._closed = False
-        self._until = math.inf
+        self._closed = False
         self._pending = 0
 
     async def start(self, argv: Sequence[str], cwd: str, variables: Sequence[str]) -> None:
@@ -70,7 +64,7 @@ class CloudflareProcess(Process):
                 while not self._is_known():
                     await self._take()
             await anyio.lowlevel.checkpoint_if_cancelled()
-            if "g" in self._pids:
+            if "g" in self._held.pids:
                 raise self._sandbox.gone("open_process")
             if not self._is_known():
                 raise await self._trouble("open_process", "it did not start")
@@ -89,24 +83,21 @@ class CloudflareProcess(Process):
             await self._do("send", send_files_argv(self._name, files))
 
     async def send_eof(self) -> None:
-        if not self._closed and not self._exited:
-            await self._do("send_eof", eof_argv(self._name, self._pids["h"]))
+        if not self._closed and not self._held.exited:
+            await self._do("send_eof", eof_argv(self._name, self._held.pids["h"]))
 
     async def receive(self) -> bytes:
         while not self._closed:
-            if self._ready:
-                return self._ready.pop(0)
-            if self._ended:
-                return b""
+            if (data := self._held.take()) or self._held.ended:
+                return data
             # After the program's end only while more comes, for what it left may hold its output.
-            patience = min(_LINGER, self._until - anyio.current_time()) if self._exited else math.inf
             try:
-                with anyio.move_on_after(patience) as waiting:
+                with anyio.move_on_after(self._held.patience()) as waiting:
                     await self._take()
-                self._ended = self._ended or waiting.cancelled_caught
+                self._held.ended = self._held.ended or waiting.cancelled_caught
             except anyio.EndOfStream:
-                self._ended = self._exited
-                if not self._exited:
+                self._held.ended = self._held.exited
+                if not self._held.exited:
                     raise await self._trouble("receive", "its stream ended") from None
             except anyio.ClosedResourceError:
                 break
@@ -119,7 +110,7 @@ class CloudflareProcess(Process):
         self._received.close()  # so that nothing is held back for a reader
         with anyio.CancelScope(shield=True), anyio.move_on_after(_STOP):
             try:
-                if not self._packed and "g" not in self._pids:
+                if not self._held.packed and "g" not in self._held.pids:
                     await self._kill()
             except SandboxGone:
                 logger.debug("%s: the sandbox went before a process in it was closed", self._sandbox.id)
@@ -152,32 +143,20 @@ class CloudflareProcess(Process):
         if self._pending > _LINE:  # the sandbox is not trusted to keep to what packs it
             raise self._broken("receive", "its stream makes no sense")
         try:
-            self._unpacker.write(data.decode())
+            self._held.write(data.decode())
         except ValueError as exc:
             raise self._broken("receive", "its stream makes no sense") from exc
 
-    def _told(self, letter: str, number: int) -> None:
-        if letter == "c":
-            self._exited = True
-            self._until = anyio.current_time() + _DRAIN
-        elif letter == "z":
-            self._ended = self._packed = True
-        else:
-            self._pids[letter] = number
-
     def _is_known(self) -> bool:
         """Whether it is known what to kill."""
-        return {"h", "p", "o"} <= self._pids.keys() or "g" in self._pids
+        return {"h", "p", "o"} <= self._held.pids.keys() or "g" in self._held.pids
 
     async def _kill(self) -> None:
         """Kill the program's process group, if it has not ended, and what packs its output: its holder ends by that."""
         if not self._is_known():
             await self._sandbox.cancel(self._name)
             return
-        pids = [f"-{self._pids['o']}"]
-        if not self._exited:  # it may not be the leader of its group yet
-            pids += [f"-{self._pids['p']}", str(self._pids["p"])]
-        argv = release_argv(self._name, self._sandbox.instance, pids)
+        argv = release_argv(self._name, self._sandbox.instance, self._held.to_kill())
         await self._sandbox.worker.run("close", self._sandbox.id, argv, timeout=_STOP)
 
     async def _do(self, op: str, argv: Sequence[str]) -> None:
@@ -191,7 +170,7 @@ class CloudflareProcess(Process):
         return self._error or self._broken(op, why)
 
     def _check_running(self, op: str) -> None:
-        if self._closed or self._exited:
+        if self._closed or self._held.exited:
             raise self._broken(op, "it was closed" if self._closed else "it has ended")
 
     def _broken(self, op: str, why: str) -> SandboxUnavailable:

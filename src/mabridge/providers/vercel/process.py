@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,8 +23,6 @@ logger = logging.getLogger("mabridge.providers.vercel")
 
 _CALL = 60.0  # seconds for one request
 _STOP = 30.0  # seconds for everything that closing may take
-_LINGER = 0.3  # seconds, after a program's end, until its output is taken to have ended as well
-_DRAIN = 5.0  # seconds, after that, for output that goes on and on
 
 
 class VercelProcess(Process):
@@ -36,14 +33,11 @@ class VercelProcess(Process):
         self._stdin = started.stdin
         self._stdout = started.stdout
         self._lines = 0
-        self._ready: list[bytes] = []
-        self._pids: dict[str, int] = {}
-        self._unpacker = _packed.Unpacker(self._ready.append, self._told)
-        self._exited = self._ended = self._packed = self._closed = False
-        self._until = math.inf
+        self._held = _packed.Held()
+        self._closed = False
 
     async def send(self, data: bytes) -> None:
-        if self._closed or self._exited:
+        if self._closed or self._held.exited:
             raise self._broken("send", "it was closed" if self._closed else "it has ended")
         assert self._stdin is not None
         async with self._sandbox.mapped("send"):
@@ -60,9 +54,9 @@ class VercelProcess(Process):
         if self._closed:
             raise self._broken("receive", "it was closed")
         async with self._sandbox.mapped("receive"):
-            while not self._ready and not self._ended:
+            while not (data := self._held.take()) and not self._held.ended:
                 await self._read()
-        return self._ready.pop(0) if self._ready else b""
+        return data
 
     async def aclose(self) -> None:
         if self._closed:
@@ -71,7 +65,7 @@ class VercelProcess(Process):
         with anyio.CancelScope(shield=True), anyio.move_on_after(_STOP):
             try:
                 async with self._sandbox.mapped("close"):
-                    if not self._packed:
+                    if not self._held.packed:
                         await self._kill()
             except SandboxGone:
                 logger.debug("%s: the sandbox went before a process in it was closed", self._sandbox.id)
@@ -83,16 +77,16 @@ class VercelProcess(Process):
 
     async def _read(self) -> None:
         """Take one line; after the program's end, only while more comes, for what it left may hold its output."""
-        with anyio.move_on_after(min(_LINGER, self._until - anyio.current_time()) if self._exited else math.inf):
+        with anyio.move_on_after(self._held.patience()):
             line = await self._line()
             if line:
-                self._unpacker.write(line)
-            elif self._exited:
-                self._ended = True
+                self._held.write(line)
+            elif self._held.exited:
+                self._held.ended = True
             else:
                 raise await self._sandbox.stopped("receive")
             return
-        self._ended = True
+        self._held.ended = True
 
     async def _line(self) -> str:
         """Return the next line. A reader whose read was cancelled is of no use; the next starts at the beginning."""
@@ -109,21 +103,10 @@ class VercelProcess(Process):
 
     async def _kill(self) -> None:
         """Kill it with its process group, if it has not ended, and what packs its output."""
-        while "p" not in self._pids and not self._ended:
+        while "p" not in self._held.pids and not self._held.ended:
             await self._read()
-        groups = {letter: f"-{pid}" for letter, pid in self._pids.items() if letter == "o" or not self._exited}
-        itself = [groups["p"][1:]] if "p" in groups else []  # of which it may not be the leader yet
-        if groups:
-            await self._sandbox.do(["/bin/sh", "-c", 'kill -9 "$@"', "mab", *groups.values(), *itself])
-
-    def _told(self, letter: str, number: int) -> None:
-        if letter == "c":
-            self._exited = True
-            self._until = anyio.current_time() + _DRAIN
-        elif letter == "z":
-            self._ended = self._packed = True
-        else:
-            self._pids[letter] = number
+        if targets := self._held.to_kill():
+            await self._sandbox.do(["/bin/sh", "-c", 'kill -9 "$@"', "mab", *targets])
 
     def _broken(self, op: str, why: str) -> SandboxUnavailable:
         return SandboxUnavailable(f"the process: {why}", provider=PROVIDER, op=op, sandbox_id=self._sandbox.id)

@@ -9,6 +9,7 @@ import pytest
 
 from mabridge.sandbox import Provider
 from mabridge.testing.conformance.kit import SandboxConformance
+from mabridge.testing.conformance.wrong import with_missing_image, with_wrong_credentials
 
 __all__ = ["TestConfigured"]
 
@@ -24,6 +25,35 @@ class TestConfigured(SandboxConformance):
     @pytest.fixture(scope="class")
     async def provider(self, anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[Provider]:
         """The provider that is to be tested, entered."""
-        run: Any = request.config.pluginmanager.get_plugin("mabridge-check")
-        async with run.make() as provider:
+        run = _run(request)
+        async with run.make(run.config) as provider:
             yield provider
+
+    @pytest.fixture
+    def bad_credentials(
+        self, provider: Provider, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> Provider:
+        """The same with other credentials of the same form."""
+        run = _run(request)
+        wrong = with_wrong_credentials(provider, run.config)
+        if wrong is None:
+            pytest.skip("not tried: it has no credentials among its options")
+        config, held = wrong
+        for variable, value in held.items():
+            monkeypatch.setenv(variable, value)
+        made: Provider = run.make(config)
+        return made
+
+    @pytest.fixture
+    def missing_image(self, provider: Provider, request: pytest.FixtureRequest) -> Provider:
+        """The same with an image that does not exist."""
+        run = _run(request)
+        wrong = with_missing_image(provider, run.config)
+        if wrong is None:
+            pytest.skip("not tried: it has no image, template or snapshot among its options")
+        made: Provider = run.make(wrong)
+        return made
+
+
+def _run(request: pytest.FixtureRequest) -> Any:  # noqa: ANN401 - its module needs more than the kit does
+    return request.config.pluginmanager.get_plugin("mabridge-check")
