@@ -120,7 +120,10 @@ class Process(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Kill it, if it still runs, and free the connection. Safe to call again."""
+        """Kill it, if it still runs, and free the connection. Safe to call again.
+
+        A `receive` that is under way ends: with ``b""``, or `SandboxUnavailable`.
+        """
 
 
 class Sandbox(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import subprocess
 from importlib import resources
@@ -63,21 +64,24 @@ async def test_set_e_ends_the_command_with_its_own_code(run: Shell):
 
 
 async def test_timeout_kills_what_the_call_started_and_keeps_the_rest(run: Shell):
+    number = secrets.randbelow(900_000) + 100_000  # another run's are not to be counted
     await run("X=kept; sleep 4321 & echo $! > job")
     await run("true")  # so that the job is older than the call by more than a tick
     with anyio.fail_after(15):
-        result = await run("echo so far; (sleep 4322 & setsid sleep 4322 & wait); sleep 4322", timeout=1.0)
+        command = f"echo so far; (sleep {number} & setsid sleep {number} & wait); sleep {number}"
+        result = await run(command, timeout=2.0)
     assert (result.exit_code, result.timed_out, result.head) == (None, True, b"so far\n")
-    alive = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done 2>/dev/null | grep -c '^sleep 432[2]'"
+    listed = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done 2>/dev/null"
+    alive = f"{listed} | grep -c '^sleep {number}'"
     assert await run.text(f"echo $X; kill -0 $(cat job) && echo alive; {alive}") == "kept\nalive\n0"
 
 
 async def test_functions_outlive_their_shell(run: Shell):
     await run("greet() { echo hello $1; }; X=kept; cd /")
     assert await run.text("wait; jobs; greet you") == "hello you"
-    for ending in ("sleep 60", "exit 7", "while :; do :; done"):
+    for ending, timeout in (("sleep 60", 2.0), ("exit 7", 20.0), ("while :; do :; done", 2.0)):
         with anyio.fail_after(30):
-            ended = await run(f"echo x; {ending}", timeout=1.0)
+            ended = await run(f"echo x; {ending}", timeout=timeout)
         assert (ended.exit_code, ended.head) == (7 if "exit" in ending else None, b"x\n")
         assert await run.text("greet again; echo $X; pwd") == "hello again\nkept\n/"
     await run("greet() { echo bye; }")

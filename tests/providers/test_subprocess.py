@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anyio
+import pytest
+
 from mabridge.adapters import kill_marked
+from mabridge.errors import SandboxUnavailable
+from mabridge.providers._subprocess import HeldProcess
 
 
 def started(name: str, value: str, *, then: str = "") -> subprocess.Popen[bytes]:
@@ -50,3 +56,23 @@ def test_shell_does_not_go_on_when_its_child_is_killed(tmp_path: Path) -> None:
         assert process.wait(10) == -9
         process.stdout.close()
     assert not (tmp_path / "went").exists()
+
+
+@pytest.mark.anyio
+async def test_closing_ends_a_receive_though_the_end_of_the_process_is_still_to_be_seen() -> None:
+    popen = subprocess.Popen(  # noqa: ASYNC220 - HeldProcess takes no other
+        ["sleep", "4242"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    os.set_blocking(popen.stdout.fileno(), False)
+    process = HeldProcess("sandbox", popen)
+
+    async def receive() -> None:
+        with pytest.raises(SandboxUnavailable, match="closed"):
+            await process.receive()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(receive)
+        await anyio.wait_all_tasks_blocked()
+        popen.kill()
+        popen.wait()
+        await process.aclose()  # it has nothing to wait for, so this is before the receiver can have seen the end

@@ -227,11 +227,11 @@ async def test_search_that_takes_too_long_keeps_what_it_found(place: Place) -> N
             argv[2] += "\nsleep 60\n"
             return await place.sandbox.exec(argv, **options)
 
-    slow = Place(Slow(), ToolLimits(search_timeout=0.5))
+    slow = Place(Slow(), ToolLimits(search_timeout=1.5))
     assert await slow.said("grep", pattern="foo") == (
-        "WD/a:1:foo\n[the search was stopped after 0.5s: there may be more; narrow the path or the pattern]"
+        "WD/a:1:foo\n[the search was stopped after 1.5s: there may be more; narrow the path or the pattern]"
     )
     assert await slow.refused("grep", pattern="bar") == (
-        "grep: timed out after 0.5s; narrow the path or simplify the pattern"
+        "grep: timed out after 1.5s; narrow the path or simplify the pattern"
     )
     assert (await slow.said("glob", pattern="*")).startswith("WD/a\n[not the whole tree was looked at")

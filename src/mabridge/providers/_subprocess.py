@@ -105,10 +105,7 @@ class HeldProcess(Process):
             except BlockingIOError:
                 if ended:
                     return b""
-            try:
-                await _readable_or_exited(self._stdout, self._process)
-            except anyio.ClosedResourceError:
-                break
+            await _readable_or_exited(self._stdout, self._process)
         raise self._broken("receive", "it was closed")
 
     async def aclose(self) -> None:
@@ -184,10 +181,12 @@ async def _exited(process: subprocess.Popen[bytes]) -> None:
 
 
 async def _readable_or_exited(fd: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait for output, the process's end, or the end of the pipe by `HeldProcess.aclose`."""
     async with anyio.create_task_group() as group:
 
         async def readable() -> None:
-            await anyio.wait_readable(fd)
+            with contextlib.suppress(anyio.ClosedResourceError):
+                await anyio.wait_readable(fd)
             group.cancel_scope.cancel()
 
         group.start_soon(readable)

@@ -127,6 +127,21 @@ class ProcessTests:
         with pytest.raises(SandboxUnavailable):
             await process.receive()
 
+    async def test_closing_ends_a_receive_that_is_under_way(self, sandbox: Sandbox) -> None:
+        process = await _open(sandbox, "cat")
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            with contextlib.suppress(SandboxUnavailable):
+                received.append(await process.receive())
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(receive)
+                await anyio.wait_all_tasks_blocked()
+                await process.aclose()
+        assert received in ([], [b""])
+
     async def test_cancelled_receive_loses_nothing(self, sandbox: Sandbox) -> None:
         process = await _open(sandbox, "cat")
         for number in range(20):
