@@ -57,6 +57,29 @@ async def test_shell_that_died_is_started_again_where_it_was(run: Shell, command
     assert await run.text("echo $KEPT; basename $(pwd)") == "yes\ndeep"
 
 
+async def test_only_one_shell_takes_the_place_of_another(run: Shell, reached: Sandbox):
+    """The next spare waits by then, and sees the end of the FIFO by which the first was told to go on."""
+    await run("greet() { echo hello; }")
+    shell = f"{run.hands.directory}/shells/main"
+    hold = """
+    [ -p "$1/go" ] || exit 0
+    exec 9<> "$1/go"
+    : > "$1/held"
+    while [ -e "$1/held" ]; do sleep 0.1 || sleep 1; done
+    """
+
+    async def holder() -> None:
+        await reached.exec(["sh", "-c", hold, "sh", shell], timeout=30, max_output=1000)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(holder)
+        await run(f"[ ! -p {shell}/go ] || until [ -e {shell}/held ]; do sleep 0.1 || sleep 1; done")
+        await run("exit 1")
+        assert await run.text("greet") == "hello"
+        before = await run.text(f"cat {shell}/inner; rm -f {shell}/held")
+    assert await run.text(f"sleep 1; cat {shell}/inner") == before
+
+
 async def test_set_e_ends_the_command_with_its_own_code(run: Shell):
     result = await run("set -e; echo before; (exit 9); echo after")
     assert (result.exit_code, result.head) == (9, b"before\n")

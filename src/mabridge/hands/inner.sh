@@ -55,7 +55,12 @@ if [ -z "${__mab_S-}" ]; then
     }
     __mab_be_spare() {
         IFS=' ' command read -r __mab_pid __mab_rest < /proc/self/stat
-        command read -r __mab_rest < "$__mab_S/go"
+        # The end of the FIFO is none of its business: that is whoever wrote to another spare, and closes it late.
+        until [ "$__mab_rest" = go ]; do
+            [ -p "$__mab_S/go" ] || exit 0
+            __mab_rest=
+            command read -r __mab_rest < "$__mab_S/go" || :
+        done
         __mab_again=1
         # shellcheck disable=SC1090 # this very file
         . "$__mab_program"
