@@ -9,6 +9,7 @@
 #   calls/ID.dropped   bytes cut out of an output too long        old/ID.out        all was forgotten but that it was
 #   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
 #   shells/NAME/spare, go, code      a copy of the shell that takes its place, how it is told to, and its exit code
+#   shells/NAME/epoch                the call that asked for a fresh shell: no spare of an earlier one counts
 #   shells/NAME/state.0, state.1    what survives the shell: the one whose last line has the higher number
 #
 #   token              tells the marks of this sandbox's processes from another's, where they share a machine
@@ -39,11 +40,16 @@ look() {
     since=$1
 }
 
-# Whether the process that a file tells of, as "pid start", is the one that wrote it. A pid alone is soon another's.
+# Whether process $1, which began at $2, still runs. A pid alone is soon another's.
+is_alive() {
+    look "$1" && [ "$since" = "$2" ] && [ "$state" != Z ]
+}
+
+# Whether the process that a file tells of, as "pid start", is the one that wrote it.
 runs() {
     pid='' began=''
     { IFS=' ' read -r pid began < "$1"; } 2>/dev/null || return 1
-    [ -n "$began" ] && look "$pid" && [ "$since" = "$began" ] && [ "$state" != Z ]
+    [ -n "$began" ] && is_alive "$pid" "$began"
 }
 
 # A status may be read while it is written: it is whole when it ends with a dot.
@@ -175,18 +181,20 @@ submit_again() {
 
 # Have a shell's spare go on in its place (see inner.sh), and wait for its end. It is not a child that could be waited for.
 run_spare() {
-    spare=$pid code=137
+    spare="$pid $began" code=137
     printf '' >| "$S/code"
     # shellcheck disable=SC2094 # it is a FIFO
     printf 'go\n' 1<> "$S/go"
     tries=0
-    until runs "$S/inner" && [ "$pid" = "$spare" ]; do
+    # What it writes there counts, for it may have come to its end already.
+    until runs "$S/inner" || :; [ "$pid $began" = "$spare" ]; do
         tries=$((tries + 1))
-        if [ "$tries" -gt 100 ] || ! runs "$S/spare"; then
-            kill -9 "$spare" 2>/dev/null
+        # shellcheck disable=SC2086 # two words
+        if [ "$tries" -gt 100 ] || ! is_alive $spare; then
+            kill -9 "${spare% *}" 2>/dev/null
             return 0
         fi
-        pause
+        nap "$tries"
     done
     while runs "$S/inner"; do pause; done
     { IFS= read -r code < "$S/code"; } 2>/dev/null
@@ -383,6 +391,12 @@ kill)
 restart)
     begin_first "$2" || exit 0
     start "$3" || exit 1
+    # One that is about to take the place of another has read that one's state: it is waited for.
+    tries=0
+    until runs "$S/inner" || [ "$tries" -ge 40 ]; do
+        tries=$((tries + 1))
+        nap "$tries"
+    done
     # Stopped first, for it may be about to write its state; killed last, for the next one reads it at once.
     inner=''
     if runs "$S/inner"; then inner=$pid && kill -STOP "$inner"; fi
@@ -393,6 +407,7 @@ restart)
     done
     : >| "$S/state.0"
     : >| "$S/state.1"
+    printf '%s\n' "$2" >| "$S/epoch"
     if runs "$S/spare"; then kill -9 "$pid"; fi
     [ -z "$inner" ] || kill -9 "$inner"
     settle "$2" 0 end

@@ -14,6 +14,8 @@ if [ -z "${__mab_S-}" ]; then
     __mab_S=$__mab_D/shells/$1
     __mab_C=$__mab_D/calls
     __mab_pid=$$
+    __mab_epoch=
+    { IFS= read -r __mab_epoch < "$__mab_S/epoch"; } 2>/dev/null
     { IFS= read -r __mab_token < "$__mab_D/token"; } 2>/dev/null || __mab_token=
     unset MAB_EXEC
     set --
@@ -61,6 +63,10 @@ if [ -z "${__mab_S-}" ]; then
             __mab_rest=
             command read -r __mab_rest < "$__mab_S/go" || :
         done
+        # It may be of a shell that was given up just when it was left.
+        __mab_rest=
+        { IFS= command read -r __mab_rest < "$__mab_S/epoch"; } 2>/dev/null || :
+        [ "$__mab_rest" = "$__mab_epoch" ] || exit 0
         __mab_again=1
         # shellcheck disable=SC1090 # this very file
         . "$__mab_program"
@@ -80,9 +86,9 @@ for __mab_next in 0 1; do
 done
 set -- "$__mab_pid" "${__mab_again-}" "$__mab_turn" "${__mab_whole:-1}"
 if [ -n "$__mab_whole" ]; then
-    { IFS= command read -r __mab_dir < "$__mab_S/dir.$__mab_whole"; } 2>/dev/null || __mab_dir=/
     # shellcheck disable=SC1090 # read-only variables refuse, which is as well
     . "$__mab_S/state.$__mab_whole" < /dev/null > /dev/null 2>&1 || :
+    { IFS= command read -r __mab_dir < "$__mab_S/dir.$4"; } 2>/dev/null || __mab_dir=/
     command cd -- "$__mab_dir" 2>/dev/null || :
 fi
 __mab_pid=$1 __mab_again='' __mab_turn=$3 __mab_next=$((1 - $4))
