@@ -12,7 +12,7 @@ import pytest
 
 from mabridge.hands import CallResult, Hands
 from mabridge.sandbox import ExecResult, Sandbox
-from tests.hands.conftest import Shell
+from tests.hands.conftest import Shell, WithProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -211,15 +211,26 @@ async def test_large_command_goes_in_whole(run: Shell):
 
 
 async def test_what_is_forgotten_leaves_the_journal_and_is_not_run_again(run: Shell):
-    await run.hands.run("to_forget", "echo x >> log", timeout=10)
-    await run.hands.forget("to_forget")
+    listed = f"(cd {run.hands.directory}; ls calls old | grep to_forget)"
+    for number in range(16):  # a worker forgets some together
+        await run.hands.run(f"to_forget{number}", "echo x >> log", timeout=10)
+        await run.hands.forget(f"to_forget{number}")
     await run("true")
     await run("true")
-    assert await run.text(f"(cd {run.hands.directory}; ls calls old | grep to_forget)") == "to_forget.out"
-    again = await run.hands.run("to_forget", "echo x >> log", timeout=10)
+    assert await run.text(f"{listed} | sort") == "\n".join(sorted(f"to_forget{number}.out" for number in range(16)))
+    again = await run.hands.run("to_forget3", "echo x >> log", timeout=10)
     assert again.exit_code is None
     assert again.note
-    assert await run.text("cat log") == "x"
+    assert await run.text("wc -l < log") == "16"
+
+
+async def test_what_is_left_to_forget_is_forgotten_at_the_end(run: Shell, reached: Sandbox):
+    async with Hands(reached) as other:
+        await other.run("to_forget", "echo said", timeout=10)
+        await other.forget("to_forget")
+        if not isinstance(reached, WithProcess):
+            await other.run("next", "true", timeout=10)
+    assert await run.text(f"(cd {run.hands.directory}; ls calls old | grep to_forget)") == "to_forget.out"
 
 
 async def test_hands_pick_the_first_place_that_can_be_written(local_sandbox: Sandbox):
@@ -239,9 +250,9 @@ def test_program_is_clean_for_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck")
     programs = [str(resources.files("mabridge.hands") / name) for name in ("hands.sh", "inner.sh")]
-    done = subprocess.run(
-        ["shellcheck", "-x", "-P", "SCRIPTDIR", "-s", "sh", *programs], capture_output=True, text=True, check=False
-    )
+    # The others with hands.sh, of which they are parts.
+    options = ["--external-sources", "--check-sourced", "--source-path=SCRIPTDIR", "--shell=sh"]
+    done = subprocess.run(["shellcheck", *options, *programs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

@@ -113,7 +113,20 @@ class Channel:
         nonce = new_nonce(command)
         lines = command.split("\n")
         request = " ".join((nonce, call, str(len(lines)), *forget))
-        await self._process.send(f"{request}\n{command}\n".encode())
+        return await self._exchange(nonce, f"{request}\n{command}\n")
+
+    async def forget(self, calls: Sequence[str]) -> None:
+        """Have calls forgotten.
+
+        Raises:
+            SandboxUnavailable: the connection broke.
+            SandboxGone: the sandbox is definitely absent.
+        """
+        nonce = new_nonce("")
+        await self._exchange(nonce, " ".join((nonce, "-", "0", *calls)) + "\n")
+
+    async def _exchange(self, nonce: str, request: str) -> Reply:
+        await self._process.send(request.encode())
         answer = bytearray()
         while True:
             data = await self._process.receive()

@@ -44,27 +44,42 @@ _ROUND = 50.0
 _KILL_DEADLINE = 20.0
 _ATTEMPTS = 4
 _CHANNEL_ATTEMPTS = 2  # of these; the others are over exec
+# Forgetting starts two processes in the sandbox, whether it is one call or many.
+_FORGET_TOGETHER = 16
+_FORGET_MOST = 100
+_FORGET_DEADLINE = 2.0
 _FIRST_PAUSE = 0.2
 
+_PARTS = ("inner", "kill", "watch")
+
 _INSTALL = """
+put_parts() {
+    base=$1
+    shift
+    while [ "$#" -gt 0 ]; do
+        printf %s "$2" > "$base.$1.sh" || return 1
+        shift 2
+    done
+}
+name=$1 tag=$2 shell=$3 most=$4 verb=$5 program=$6
+shift 6
 for d in "${TMPDIR:-/tmp}" /var/tmp /dev/shm "$PWD"; do
     d=$d/.mabridge-hands
     { mkdir -p "$d/calls" "$d/shells" "$d/old" && [ -O "$d" ] && chmod 700 "$d"; } 2>/dev/null || continue
-    { printf '' > "$d/$1.$2"; } 2>/dev/null || continue
-    (set -C && echo "$2" > "$d/token") 2>/dev/null
-    { echo "$4" > "$d/most"; } 2>/dev/null
-    if [ -s "$d/$1" ]; then
-        rm -f "$d/$1.$2"
+    { printf '' > "$d/$name.$tag"; } 2>/dev/null || continue
+    (set -C && echo "$tag" > "$d/token") 2>/dev/null
+    { echo "$most" > "$d/most"; } 2>/dev/null
+    if [ -s "$d/$name" ]; then
+        rm -f "$d/$name.$tag"
     else
-        printf %s "$5" > "$d/$1.$2" || { rm -f "$d/reserve" && printf %s "$5" > "$d/$1.$2"; } \
-            || { rm -f "$d/$1.$2"; continue; }
-        printf %s "$7" > "$d/${1%.sh}.inner.sh" && printf %s "$8" > "$d/${1%.sh}.watch.sh" \
-            || { rm -f "$d/$1.$2"; continue; }
-        mv -f "$d/$1.$2" "$d/$1" || exit 1
+        printf %s "$program" > "$d/$name.$tag" || { rm -f "$d/reserve" && printf %s "$program" > "$d/$name.$tag"; } \
+            || { rm -f "$d/$name.$tag"; continue; }
+        put_parts "$d/${name%.sh}" "$@" || { rm -f "$d/$name.$tag"; continue; }
+        mv -f "$d/$name.$tag" "$d/$name" || exit 1
     fi
     read -r token < "$d/token"
     printf '%s\n%s\n' "$d" "$token"
-    exec sh "$d/$1" "$6" "$3"
+    exec sh "$d/$name" "$verb" "$shell"
 done
 exit 73
 """
@@ -139,6 +154,8 @@ class Hands:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_FORGET_DEADLINE), contextlib.suppress(SandboxError):
+            await self._forget_the_rest()
         for shell in tuple(self._channels):
             await self._drop_channel(shell)
 
@@ -184,7 +201,7 @@ class Hands:
         await self._script("restart", _file_name(call_id), _file_name(shell))
 
     async def forget(self, call_id: str) -> None:
-        """Drop what is kept of a call whose result was accepted, with the next call."""
+        """Drop what is kept of a call whose result was accepted, with one of the next calls or at the end."""
         call = _file_name(call_id)
         # The agent was told where a large output is. hands.sh keeps some of those.
         self._to_forget.append(f"+{call}" if call in self._large else call)
@@ -254,7 +271,7 @@ class Hands:
                 return _UNKNOWN
         done = False
         try:
-            reply = await channel.ask(call, command, self._next_to_forget())
+            reply = await channel.ask(call, command, self._next_to_forget(_FORGET_TOGETHER))
             done = True
             return reply
         finally:
@@ -262,9 +279,18 @@ class Hands:
                 # An answer that nobody waits for any more would be taken for the next one.
                 await self._drop_channel(shell)
 
-    def _next_to_forget(self) -> list[str]:
-        some, self._to_forget = self._to_forget[:100], self._to_forget[100:]
+    def _next_to_forget(self, least: int = 1) -> list[str]:
+        """Return the ids of some calls that are to be forgotten, if there are enough of them or a large one."""
+        if len(self._to_forget) < least and not any(call.startswith("+") for call in self._to_forget):
+            return []
+        some, self._to_forget = self._to_forget[:_FORGET_MOST], self._to_forget[_FORGET_MOST:]
         return some
+
+    async def _forget_the_rest(self) -> None:
+        """Have all forgotten that is to be, where it costs little: over a channel, which is idle by now."""
+        for _, channel in tuple(self._channels.values())[:1]:
+            while some := self._next_to_forget():
+                await channel.forget(some)
 
     async def _over_exec(self, call: str, command: str, shell: str) -> Reply:
         while True:
@@ -411,8 +437,9 @@ class Hands:
 
     def _install_argv(self, shell: str, verb: str) -> list[str]:
         tag, most = secrets.token_hex(4), str(self._max_output)
-        program, inner, watch = _programs()
-        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, program, verb, inner, watch]
+        program, parts = _programs()
+        named = [word for part in parts.items() for word in part]
+        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, verb, program, *named]
 
     async def _drop_channel(self, shell: str) -> None:
         _, channel = self._channels.pop(shell, (None, None))
@@ -428,14 +455,15 @@ def _file_name(name: str) -> str:
 
 
 @cache
-def _programs() -> tuple[str, str, str]:
-    """The shell programs: what serves requests and keeps the shells, an agent's shell, and what bounds its outputs."""
+def _programs() -> tuple[str, dict[str, str]]:
+    """The program, and the files beside it: an agent's shell, and what is not needed for every call."""
     here = resources.files("mabridge.hands")
-    hands, inner, watch = ((here / name).read_text(encoding="utf-8") for name in ("hands.sh", "inner.sh", "watch.sh"))
-    return hands, inner, watch
+    program, *parts = ((here / f"{name}.sh").read_text(encoding="utf-8") for name in ("hands", *_PARTS))
+    return program, dict(zip(_PARTS, parts, strict=True))
 
 
 @cache
 def _program_name() -> str:
     # A worker of another version has other programs, beside these and over the same journal.
-    return f"hands-{hashlib.sha256(''.join(_programs()).encode()).hexdigest()[:12]}.sh"
+    program, parts = _programs()
+    return f"hands-{hashlib.sha256(''.join((program, *parts.values())).encode()).hexdigest()[:12]}.sh"
