@@ -2,12 +2,14 @@
 #
 # Runs in the sandbox, under any POSIX sh. It lies in a directory of its own, with calls/ (the journal) and shells/:
 #
-#   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.ready    TAG of the one that counts, and its shell
-#   calls/ID.begun     uptime, shell's pid, its last job's       calls/ID.out      its output so far
-#   calls/ID.status    exit code, how it ended, and a dot         calls/ID.reply    FIFOs to poke at its end
+#   calls/ID.cmd.TAG   the command, as somebody submitted it     calls/ID.begun    uptime, shell's pid, its last job's
+#   calls/ID.status    exit code, how it ended, and a dot         calls/ID.out      its output so far
 #   calls/ID.why       why somebody killed it                     calls/ID.end.N    the status, where the disk is full
 #   calls/ID.dropped   bytes cut out of an output too long        old/ID.out        all was forgotten but that it was
-#   shells/NAME/in     FIFO of the ids to run     shells/NAME/keeper.N, inner    pid and start of its processes
+#   shells/NAME/in     FIFO of lines: an id to run, its tag, and the N of who waits
+#   shells/NAME/reply.N              FIFO by which who waits is poked: it looks again how its call stands
+#   shells/NAME/keeper.N, inner      pid and start of its processes
+#   shells/NAME/ended                those of the last inner one that has ended
 #   shells/NAME/spare, go, code      a copy of the shell that takes its place, how it is told to, and its exit code
 #   shells/NAME/epoch                the call that asked for a fresh shell: no spare of an earlier one counts
 #   shells/NAME/state.0, state.1    what survives the shell: the one whose last line has the higher number
@@ -66,14 +68,18 @@ is_done() {
     return 1
 }
 
-# Write the status of a call, and poke whoever waits for it. Opened for reading too, a FIFO never blocks.
+# Write the status of a call, and have whoever waits look.
 settle() {
     { printf '%s %s .\n' "$2" "$3" >| "$C/$1.status"; } 2>/dev/null || printf '' >| "$C/$1.end.$2"
-    [ -e "$C/$1.reply" ] || return 0
-    while IFS= read -r reply; do
+    poke_all
+}
+
+# Opened for reading too, a FIFO never blocks.
+poke_all() {
+    for reply in "$D"/shells/*/reply.*; do
         # shellcheck disable=SC2094 # it is a FIFO
         if [ -p "$reply" ]; then printf '.\n' 1<> "$reply"; fi
-    done < "$C/$1.reply"
+    done
 }
 
 pause() { sleep 0.05 2>/dev/null || sleep 1; }
@@ -141,7 +147,7 @@ keep() {
     { IFS= read -r id < "$S/current"; } 2>/dev/null
     [ -z "$id" ] || is_done "$id" || settle "$id" 137 lost
     while :; do
-        submit_again "$1"
+        tell_end
         if runs "$S/spare"; then
             run_spare
         elif command -v bash > /dev/null 2>&1; then
@@ -166,17 +172,16 @@ keep() {
     done
 }
 
-# A shell that is killed while it waits for work may take an id with it: it is still there to read when it was doomed.
-# This comes between two shells, so nobody reads now. Twice does no harm: only one can create ID.begun.
-submit_again() {
-    for file in "$C"/*.ready; do
-        id=${file##*/}
-        id=${id%.ready}
-        if [ ! -s "$file" ] || [ -e "$C/$id.begun" ] || is_done "$id"; then continue; fi
-        shell=''
-        { IFS= read -r _ && IFS= read -r shell; } < "$C/$id.ready" 2>/dev/null
-        [ "$shell" != "$1" ] || printf '%s\n' "$id" >&3
-    done
+# A shell that is killed while it waits for work may take a line with it: it is still there to read when it was doomed.
+# So whoever waits is told of its end, between two shells, and submits again what was not begun.
+told=''
+tell_end() {
+    ended=''
+    { IFS= read -r ended < "$S/inner"; } 2>/dev/null
+    [ "$ended" != "$told" ] || return 0
+    told=$ended
+    { printf '%s\n' "$ended" >| "$S/ended"; } 2>/dev/null
+    poke_all
 }
 
 # Have a shell's spare go on in its place (see inner.sh), and wait for its end. It is not a child that could be waited for.
@@ -207,14 +212,20 @@ start_watcher() {
     (exec "$1" "$0" watch < /dev/null > /dev/null 2>&1 3<&-) &
 }
 
-# Say which of the commands that were submitted for a call is the one. The first stands: $1 id, $2 tag, $3 shell.
-publish() {
-    set -C
-    { printf '%s\n%s\n' "$2" "$3" > "$C/$1.ready"; } 2>/dev/null
-    set +C
-    [ -s "$C/$1.ready" ] && return 0
-    rm -f "$C/$1.ready"
-    return 1
+# Submit a call: $1 id, $2 tag, $3 N of reply.N. Twice does no harm, for only one can create ID.begun.
+submit() {
+    told=''
+    { IFS= read -r told < "$S/ended"; } 2>/dev/null
+    # shellcheck disable=SC2094 # it is a FIFO
+    printf '%s %s %s\n' "$1" "$2" "$3" 1<> "$S/in"
+}
+
+# Submit it again if the shell has ended since, and may have taken it along.
+submit_again() {
+    [ ! -e "$C/$1.begun" ] || return 0
+    ended=''
+    { IFS= read -r ended < "$S/ended"; } 2>/dev/null
+    [ "$ended" = "$told" ] || is_done "$1" || submit "$@"
 }
 
 # There is no space for a request. It is refused once, for the space to be made, and may be made again.
@@ -336,14 +347,13 @@ tail)
 once)
     # One round trip: $2 nonce, $3 id, $4 shell, $5 seconds at most, and ids to forget. The command is on stdin.
     [ -d "$C" ] || exit 1
-    if ! { cat >| "$C/$3.cmd.$2" && publish "$3" "$2" "$4"; } 2>/dev/null; then
+    if ! { cat >| "$C/$3.cmd.$2"; } 2>/dev/null; then
         full "$3" "$2"
         exit 0
     fi
     if ! is_done "$3"; then
         start "$4" || exit 1
-        # shellcheck disable=SC2094 # it is a FIFO
-        [ -e "$C/$3.begun" ] || printf '%s\n' "$3" 1<> "$S/in"
+        [ -e "$C/$3.begun" ] || submit "$3" "$2" 0
         IFS='. ' read -r now _ < /proc/uptime
         until=$((now + $5)) naps=0
         until is_done "$3"; do
@@ -357,6 +367,7 @@ once)
                 . "${0%.sh}.kill.sh"
                 kill_call "$3" lost
             }
+            submit_again "$3" "$2" 0
             naps=$((naps + 1))
             nap "$naps"
             IFS='. ' read -r now _ < /proc/uptime
@@ -370,6 +381,9 @@ channel)
     # Requests on stdin, one at a time: "NONCE ID LINES [ID to forget]...", and then the lines of the command. With "-"
     # for an id there is no command.
     start "$2" || exit 1
+    for R in "$S"/reply.*; do
+        [ ! -p "$R" ] || [ -e "/proc/${R##*.}" ] || rm -f "$R"
+    done
     R=$S/reply.$$
     mkfifo "$R" || exit 1
     trap 'rm -f "$R"' EXIT
@@ -391,20 +405,19 @@ channel)
             { printf '%s\n' "$line" || ok=''; } 2>/dev/null
             lines=$((lines - 1))
         done >| "$file"
-        [ "$file" != /dev/null ] && [ -n "$ok" ] && publish "$id" "$nonce" "$2" || ok=''
-        { [ -n "$ok" ] && printf '%s\n' "$R" >> "$C/$id.reply"; } 2>/dev/null || ok=''
-        if [ -z "$ok" ]; then
+        if [ "$file" = /dev/null ] || [ -z "$ok" ]; then
             full "$id" "$nonce"
             continue
         fi
         if ! is_done "$id"; then
             start "$2" || exit 1
-            # shellcheck disable=SC2094 # it is a FIFO
-            [ -e "$C/$id.begun" ] || printf '%s\n' "$id" 1<> "$S/in"
-            # A poke may come for an earlier call: what counts is the status, looked at again after each.
+            # One that has begun is submitted too: whoever comes second is poked for it in turn.
+            submit "$id" "$nonce" $$
+            # A poke may come for an earlier call, or for nothing: what counts is the status, looked at again after each.
             until is_done "$id"; do
                 [ -d "$C" ] || exit 1
                 IFS= read -r _ <&4
+                submit_again "$id" "$nonce" $$
             done
         fi
         answer "$nonce" "$id"

@@ -100,7 +100,8 @@ else
 fi
 set --
 __mab_note "$__mab_pid" "$__mab_S/inner"
-while IFS= command read -r __mab_id <&3; do
+__mab_tag='' __mab_reply=''
+while IFS=' ' command read -r __mab_id __mab_tag __mab_reply <&3; do
     { IFS=' ' command read -r __mab_up __mab_rest < /proc/uptime; } 2>/dev/null || __mab_up=0
     { command printf '%s\n' "$__mab_id" >| "$__mab_S/current"; } 2>/dev/null || :
     if [ -s "$__mab_D/asleep" ]; then
@@ -112,10 +113,14 @@ while IFS= command read -r __mab_id <&3; do
     set -C
     { command printf '' > "$__mab_C/$__mab_id.begun"; } 2>/dev/null || __mab_id=
     set "$__mab_rest"
-    [ -n "$__mab_id" ] || continue
+    if [ -z "$__mab_id" ]; then
+        # It has begun before: its end is told to whoever else waits for it.
+        command printf '' >| "$__mab_S/current"
+        # shellcheck disable=SC2094 # it is a FIFO
+        if [ -p "$__mab_S/reply.$__mab_reply" ]; then command printf '.\n' 1<> "$__mab_S/reply.$__mab_reply"; fi
+        continue
+    fi
     { command printf '%s %s %s\n' "$__mab_up" "$__mab_pid" "${!:-0}" >| "$__mab_C/$__mab_id.begun"; } 2>/dev/null || :
-    __mab_tag=
-    { IFS= command read -r __mab_tag < "$__mab_C/$__mab_id.ready"; } 2>/dev/null || :
     MABRIDGE_CALL=$__mab_id.$__mab_token.
     export MABRIDGE_CALL
     # Not in a condition, where `set -e` would not count.
@@ -124,11 +129,8 @@ while IFS= command read -r __mab_id <&3; do
     __mab_code=$?
     { command printf '%s end .\n' "$__mab_code" >| "$__mab_C/$__mab_id.status"; } 2>/dev/null \
         || command printf '' >| "$__mab_C/$__mab_id.end.$__mab_code"
-    __mab_reply=
-    [ ! -e "$__mab_C/$__mab_id.reply" ] || while IFS= command read -r __mab_reply; do
-        # shellcheck disable=SC2094 # it is a FIFO
-        if [ -p "$__mab_reply" ]; then command printf '.\n' 1<> "$__mab_reply"; fi
-    done < "$__mab_C/$__mab_id.reply"
+    # shellcheck disable=SC2094 # it is a FIFO
+    if [ -p "$__mab_S/reply.$__mab_reply" ]; then command printf '.\n' 1<> "$__mab_S/reply.$__mab_reply"; fi
     command printf '' >| "$__mab_S/current"
     __mab_snapshot
     # The worker marks, at the end of the tag, a command that may define functions.
