@@ -171,6 +171,22 @@ async def test_restart_gives_a_fresh_shell(run: Shell):
     assert await run.text('echo "${X:-none}"; [ "$PWD" = / ] || echo home') == "none\nhome"
 
 
+async def test_restart_brings_back_what_was_removed(run: Shell, reached: Sandbox):
+    await run("X=old")
+    gone = 'until rm -rf "$1"; do :; done'
+    await reached.exec(["sh", "-c", gone, "sh", run.hands.directory], timeout=20, max_output=1000)
+    await run.hands.restart("again")
+    assert await run.text('echo "${X:-none}"') == "none"
+
+
+async def test_restart_that_was_broken_off_is_done(run: Shell, reached: Sandbox):
+    await run("X=old")
+    begun = ["touch", f"{run.hands.directory}/calls/broken_off.begun"]
+    await reached.exec(begun, timeout=20, max_output=1000)
+    await run.hands.restart("broken_off")
+    assert await run.text('echo "${X:-none}"') == "none"
+
+
 async def test_what_a_dying_shell_took_is_run_by_the_next(run: Shell, reached: Sandbox):
     """A shell that is killed while it waits for work can take an id out of its queue, and nothing comes of that."""
     await run("X=kept; echo begin >> log")

@@ -198,7 +198,14 @@ class Hands:
         Raises:
             SandboxError: the sandbox could not be reached.
         """
-        await self._script("restart", _file_name(call_id), _file_name(shell))
+        call, name = _file_name(call_id), _file_name(shell)
+        result = await self._run_script("restart", call, name)
+        if result.exit_code != 0:  # such as where the program was removed
+            await self._install(name)
+            result = await self._run_script("restart", call, name)
+        if result.exit_code != 0:
+            why = result.stderr.decode("utf-8", "replace").strip()[:300] or f"exit code {result.exit_code}"
+            raise self._unavailable("restart", f"the shell could not be started anew: {why}")
 
     async def forget(self, call_id: str) -> None:
         """Drop what is kept of a call whose result was accepted, with one of the next calls or at the end."""

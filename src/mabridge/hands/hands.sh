@@ -313,7 +313,9 @@ kill)
     exit 0
     ;;
 restart)
-    begin_first "$2" || exit 0
+    # Where somebody began and did not end it, that is done once more.
+    is_done "$2" && exit 0
+    begin_first "$2"
     start "$3" || exit 1
     # One that is about to take the place of another has read that one's state: it is waited for.
     tries=0
