@@ -50,6 +50,7 @@ _FORGET_MOST = 100
 _FORGET_DEADLINE = 2.0
 _FIRST_PAUSE = 0.2
 
+# What lies beside hands.sh: an agent's shell, and what is not needed for every call.
 _PARTS = ("inner", "kill", "watch")
 
 _INSTALL = """
@@ -204,7 +205,7 @@ class Hands:
             await self._install(name)
             result = await self._run_script("restart", call, name)
         if result.exit_code != 0:
-            why = result.stderr.decode("utf-8", "replace").strip()[:300] or f"exit code {result.exit_code}"
+            why = _complaint(result) or f"exit code {result.exit_code}"
             raise self._unavailable("restart", f"the shell could not be started anew: {why}")
 
     async def forget(self, call_id: str) -> None:
@@ -295,7 +296,8 @@ class Hands:
 
     async def _forget_the_rest(self) -> None:
         """Have all forgotten that is to be, where it costs little: over a channel, which is idle by now."""
-        for _, channel in tuple(self._channels.values())[:1]:
+        if self._channels:
+            _, channel = next(iter(self._channels.values()))
             while some := self._next_to_forget():
                 await channel.forget(some)
 
@@ -379,7 +381,7 @@ class Hands:
                 else:
                     if result.exit_code == 0:
                         return
-                    problem = result.stderr.decode("utf-8", "replace").strip()[:300] or f"exit code {result.exit_code}"
+                    problem = _complaint(result) or f"exit code {result.exit_code}"
                 await anyio.sleep(_FIRST_PAUSE)
                 if await self._is_gone():
                     # All that was known of the call, and the program too: what runs of it cannot be found.
@@ -415,7 +417,7 @@ class Hands:
         result = await self._sandbox.exec(self._install_argv(shell, "start"), timeout=_EXEC_SLACK, max_output=4096)
         lines = result.stdout.decode("utf-8", "replace").splitlines()
         if result.exit_code != 0 or len(lines) != 2 or not lines[0].startswith("/"):
-            why = result.stderr.decode("utf-8", "replace").strip()[:300]
+            why = _complaint(result)
             hint = "no directory to write in: /tmp, /var/tmp, /dev/shm and the working directory refuse"
             if result.exit_code != 73:
                 raise self._unavailable("start", f"the shell could not be set up: {why or result.exit_code}")
@@ -444,9 +446,8 @@ class Hands:
 
     def _install_argv(self, shell: str, verb: str) -> list[str]:
         tag, most = secrets.token_hex(4), str(self._max_output)
-        program, parts = _programs()
-        named = [word for part in parts.items() for word in part]
-        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, verb, program, *named]
+        parts = [word for name in _PARTS for word in (name, _program(name))]
+        return ["/bin/sh", "-c", _INSTALL, "hands", _program_name(), tag, shell, most, verb, _program("hands"), *parts]
 
     async def _drop_channel(self, shell: str) -> None:
         _, channel = self._channels.pop(shell, (None, None))
@@ -461,16 +462,18 @@ def _file_name(name: str) -> str:
     return "h" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
+def _complaint(result: ExecResult) -> str:
+    """Return what a script of ours said on stderr, cut to what a message can hold."""
+    return result.stderr.decode("utf-8", "replace").strip()[:300]
+
+
 @cache
-def _programs() -> tuple[str, dict[str, str]]:
-    """The program, and the files beside it: an agent's shell, and what is not needed for every call."""
-    here = resources.files("mabridge.hands")
-    program, *parts = ((here / f"{name}.sh").read_text(encoding="utf-8") for name in ("hands", *_PARTS))
-    return program, dict(zip(_PARTS, parts, strict=True))
+def _program(name: str) -> str:
+    return (resources.files("mabridge.hands") / f"{name}.sh").read_text(encoding="utf-8")
 
 
 @cache
 def _program_name() -> str:
     # A worker of another version has other programs, beside these and over the same journal.
-    program, parts = _programs()
-    return f"hands-{hashlib.sha256(''.join((program, *parts.values())).encode()).hexdigest()[:12]}.sh"
+    programs = "".join(map(_program, ("hands", *_PARTS)))
+    return f"hands-{hashlib.sha256(programs.encode()).hexdigest()[:12]}.sh"

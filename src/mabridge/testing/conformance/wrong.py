@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -32,7 +32,6 @@ def with_wrong_credentials(provider: Provider, config: ProviderConfig) -> tuple[
     """
     kinds = {name: field.annotation for name, field in type(provider).Options.model_fields.items()}
     names = [name for name, kind in kinds.items() if kind is EnvVar or EnvVar in get_args(kind)]
-    names.sort(key=lambda name: getattr(provider.options, name) is None)  # those that are in use come first
     used = [name for name in names if getattr(provider.options, name) is not None]
     for some in (used, names, names[:1]):
         held = {f"MABRIDGE_CHECK_WRONG_{name.upper()}": _unlike(getattr(provider.options, name)) for name in some}
@@ -44,17 +43,12 @@ def with_wrong_credentials(provider: Provider, config: ProviderConfig) -> tuple[
 
 def with_missing_image(provider: Provider, config: ProviderConfig) -> ProviderConfig | None:
     """Return the configuration with an image, or what the vendor has instead, that does not exist; or ``None``."""
-    for wrong in _without_image(provider, config.options):
-        if _fits(provider, wrong):
+    others = {name: value for name, value in config.options.items() if name not in _IMAGES}
+    for name, missing in _IMAGES.items():
+        wrong = {**others, name: missing}
+        if _fits(provider, wrong):  # an option that there is not does not
             return config.model_copy(update={"options": wrong})
     return None
-
-
-def _without_image(provider: Provider, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    others = {name: value for name, value in options.items() if name not in _IMAGES}
-    for name, missing in _IMAGES.items():
-        if name in type(provider).Options.model_fields:
-            yield {**others, name: missing}
 
 
 def _fits(provider: Provider, options: Mapping[str, Any]) -> bool:
